@@ -1,0 +1,1 @@
+"""The sequential stage and the confidence head: torch (and Triton) only, no vLLM."""
