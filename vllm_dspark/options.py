@@ -30,10 +30,11 @@ class DSparkOptions(BaseModel):
         Raises:
             ValueError: an unknown key (with the nearest valid one), or a value of the wrong kind (with the one found).
         """
-        if not isinstance(values or {}, Mapping):
+        values = {} if values is None else values
+        if not isinstance(values, Mapping):
             raise ValueError(f"dspark options must be a mapping of names to values, found {values!r}")
         try:
-            return cls.model_validate(dict(values or {}))
+            return cls.model_validate(dict(values))
         except ValidationError as error:
             raise ValueError("; ".join(_explain(item) for item in error.errors())) from None
 

@@ -4,6 +4,7 @@ Parameter names are the checkpoints'. The engine does not use this class: it run
 cache. Source: arXiv 2607.05147, the released checkpoints' tensors.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,10 @@ class DraftLayer(nn.Module):
             }
         )
 
+    def keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer keeps of context states: no norm of its own, no query, no MLP."""
+        return self.self_attn.keys_values(x, positions)
+
     def forward(self, x: Tensor, positions: Tensor, context: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), positions, context, mask)
         y = self.post_attention_layernorm(x)
@@ -102,10 +107,12 @@ class Drafter(nn.Module):
         self.config = config
         self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers: Sequence[DraftLayer] = nn.ModuleList(  # type: ignore[assignment]
+            DraftLayer(config) for _ in range(config.num_hidden_layers)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.markov_head: MarkovHead | None = None
-        if config.markov_head_type != "none":
+        if config.markov_head_type != "none" and config.markov_rank:
             self.markov_head = MarkovHead(
                 config.markov_head_type, config.vocab_size, config.vocab_size, config.markov_rank, config.hidden_size
             )
@@ -115,11 +122,9 @@ class Drafter(nn.Module):
     def context(self, aux: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """K/V of every draft layer from the target's hidden states ``[B, T, m*d]`` at ``positions`` ``[B, T]``."""
         states = self.hidden_norm(self.fc(aux))
-        return [layer.self_attn.keys_values(states, positions) for layer in self.layers]
+        return [layer.keys_values(states, positions) for layer in self.layers]
 
-    def forward(
-        self, embeddings: Tensor, positions: Tensor, context: list[tuple[Tensor, Tensor]], mask: Tensor
-    ) -> Tensor:
+    def forward(self, embeddings: Tensor, positions: Tensor, context: list[tuple[Tensor, Tensor]], mask: Tensor) -> Tensor:
         """Hidden states ``[B, Q, d]`` of Q block queries.
 
         Args:

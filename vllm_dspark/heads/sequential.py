@@ -53,12 +53,7 @@ def draft_block(
     """
     batch, slots, _ = logits.shape
     projected = markov.project_hidden(hidden) if markov is not None else None
-    greedy, inverse, probabilities = None, None, None
-    if temperature is not None:
-        greedy = temperature < 1e-5
-        inverse = torch.where(greedy, 1.0, temperature).reciprocal().unsqueeze(-1)
-        noise = exponential_noise(logits.float(), {}) if noise is None else noise
-        probabilities = torch.empty_like(noise)
+    sampler = None if temperature is None else Sampler(temperature, logits, noise)
     tokens = torch.empty(batch, slots, dtype=torch.long, device=logits.device)
     embeddings, state, previous = [], None, anchors.long()
     for k in range(slots):
@@ -68,14 +63,26 @@ def draft_block(
             embeddings.append(embedding)
             code, state = markov.step(embedding, None if projected is None else projected[:, k], state)
             corrected = corrected + markov.bias(code)
-        if probabilities is None:
-            choice = corrected.argmax(-1)
-        else:
-            q = torch.softmax(corrected.float() * inverse, dim=-1, out=probabilities[:, k])
-            choice = torch.where(greedy, corrected.argmax(-1), (q / noise[:, k]).argmax(-1))
+        choice = corrected.argmax(-1) if sampler is None else sampler.draw(corrected, k)
         previous = choice if target_ids is None else target_ids[choice]
         tokens[:, k] = previous
     confidences = None
     if confidence is not None:
         confidences = torch.sigmoid(confidence(hidden, torch.stack(embeddings, 1) if embeddings else None))
-    return Drafts(tokens, confidences, probabilities)
+    return Drafts(tokens, confidences, None if sampler is None else sampler.probabilities)
+
+
+class Sampler:
+    """Draws from softmax(logits / temperature) and keeps that q; greedy rows take the arg max."""
+
+    def __init__(self, temperature: Tensor, logits: Tensor, noise: Tensor | None) -> None:
+        self.greedy = temperature < 1e-5
+        self.inverse = torch.where(self.greedy, 1.0, temperature).reciprocal().unsqueeze(-1)
+        self.noise = exponential_noise(logits.float(), {}) if noise is None else noise
+        self.probabilities = torch.empty_like(self.noise)
+
+    def draw(self, logits: Tensor, k: int) -> Tensor:
+        """Draft ids ``[B]`` for slot ``k`` from its corrected logits ``[B, V_draft]``."""
+        q = torch.softmax(logits.float() * self.inverse, dim=-1)
+        self.probabilities[:, k] = q
+        return torch.where(self.greedy, logits.argmax(-1), (q / self.noise[:, k]).argmax(-1))
