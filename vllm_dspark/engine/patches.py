@@ -1,0 +1,114 @@
+"""What stands in place of vLLM's symbols. Each function makes a replacement from the original; see hooks.py for why.
+
+Every replacement does what the original does unless the configured method is ``dspark``.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_dspark import options
+
+
+def create_speculative_config(original: Any) -> Any:
+    """Lift the options out of ``speculative_config``; check the pair before any weight is read."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, target_model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        _lift(self)
+        found = self.additional_config.get(options.KEY) if isinstance(self.additional_config, dict) else None
+        chosen = options.DSparkOptions.parse(found)
+        asked = _asked(self)
+        method = asked.get("method")
+        if found is not None and method != "dspark" and (method is not None or not asked):
+            raise ValueError(_WRONG_METHOD.format(method))
+        spec = _check(asked, target_model_config, chosen) if method == "dspark" else None
+        config = original(self, target_model_config, *args, **kwargs)
+        if method is None and config is not None:  # vLLM recognised the method by the draft model
+            if config.method == "dspark":
+                spec = _check(asked, target_model_config, chosen)
+            elif found is not None:
+                raise ValueError(_WRONG_METHOD.format(config.method))
+        if spec is not None:
+            from vllm_dspark.engine import pair
+
+            pair.complete(config, spec)
+        return config
+
+    return wrapper
+
+
+_WRONG_METHOD = "dspark options are given but the speculative method is {!r}; set method 'dspark'"
+
+
+def _check(asked: Mapping[str, Any], target: Any, chosen: options.DSparkOptions) -> Any:
+    """The drafter's description, checked against the target. Imported here: no other method needs it."""
+    from vllm_dspark.engine import pair
+
+    return pair.check(asked, target, chosen)
+
+
+def _lift(arguments: Any) -> None:
+    """Move the options from ``speculative_config``, which would refuse them, to ``additional_config``."""
+    given = arguments.speculative_config
+    if not isinstance(given, dict) or options.KEY not in given:
+        return
+    additional = arguments.additional_config or {}
+    if not isinstance(additional, dict):
+        raise ValueError(f"dspark options need an additional_config that is a mapping, found {additional!r}")
+    rest = {name: value for name, value in given.items() if name != options.KEY}
+    merged = options.merge(given[options.KEY], additional.get(options.KEY))
+    arguments.speculative_config, arguments.additional_config = rest, {**additional, options.KEY: merged}
+
+
+def _asked(arguments: Any) -> dict[str, Any]:
+    """``speculative_config`` as vLLM will read it: names with underscores, ``--spec-*`` flags added."""
+    given = arguments.speculative_config
+    asked = {name.replace("-", "_"): value for name, value in given.items()} if isinstance(given, dict) else {}
+    flags = {
+        "method": arguments.spec_method,
+        "model": arguments.spec_model,
+        "num_speculative_tokens": arguments.spec_tokens,
+    }
+    return {name: value for name, value in flags.items() if value is not None} | asked
+
+
+def unsupported_features(original: Any) -> Any:
+    """``_get_v1_model_runner_unsupported_features`` without DSpark among them."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any) -> list[str]:
+        return [feature for feature in original(self) if feature != "dspark speculative decoding"]
+
+    return wrapper
+
+
+def num_lookahead_tokens(original: Any) -> Any:
+    """Slots past the scheduled tokens that the drafter writes: on V1 all queries of a block."""
+
+    read = original.fget
+
+    def getter(self: Any) -> int:
+        slots: int = read(self)
+        speculative = self.speculative_config
+        if speculative is None or speculative.method != "dspark" or self.use_v2_model_runner:
+            return slots
+        from vllm_dspark.engine import pair
+
+        return max(slots, pair.block_queries(speculative.draft_model_config.hf_config))
+
+    return property(getter, doc=original.__doc__)
+
+
+def eagle_proposer(original: Any) -> Any:
+    """A class that builds DSpark's proposer when the method is ``dspark``, and the original otherwise."""
+
+    class EagleOrDSparkProposer(original):
+        def __new__(cls, vllm_config: Any, device: Any, runner: Any = None) -> Any:
+            if vllm_config.speculative_config.method != "dspark":
+                return super().__new__(cls)
+            from vllm_dspark.engine.v1 import DSparkProposer
+
+            return DSparkProposer(vllm_config, device, runner)
+
+    return EagleOrDSparkProposer

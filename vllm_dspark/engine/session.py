@@ -1,0 +1,200 @@
+"""A vLLM engine in a process of its own, driven from another: how the demo, the benchmarks and the tests compare arms.
+
+Arms in one process would share caches and patches; arms one after the other would meet different machine noise. Each
+gets a process, all stay up, and whoever compares them alternates.
+"""
+
+import contextlib
+import importlib
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+
+class EngineFailed(RuntimeError):
+    """The engine process reported an error or ended; the message holds the end of its log."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured batch of requests.
+
+    Attributes:
+        token_ids: generated ids per request. texts: the same, decoded. seconds: wall time of the whole batch.
+        drafts: rounds that verified at least one draft. drafted, accepted: draft tokens.
+        accepted_at: accepted drafts by position in the block.
+        top: per request and token, the best ids with their logits or log-probabilities, if ``logprobs`` was asked for.
+    """
+
+    token_ids: list[list[int]]
+    texts: list[str]
+    seconds: float
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_at: tuple[int, ...] = ()
+    top: list[list[dict[int, float]]] | None = None
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.token_ids))
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def accepted_length(self) -> float:
+        """Tokens a drafting round yields, the bonus token included; 1.0 where nothing was drafted."""
+        return 1 + self.accepted / self.drafts if self.drafts else 1.0
+
+
+class EngineProcess:
+    """``with EngineProcess(model=...) as engine: engine.generate([...])``; the options are those of ``vllm.LLM``.
+
+    ``environment`` is added to the child's; ``prepare`` is "module:function", called there before vLLM is imported.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None, prepare: str | None = None, **options: Any) -> None:
+        self.log = Path(tempfile.mkstemp(prefix="vllm-dspark-", suffix=".log")[1])
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, str(self.log), dict(environment or {}), prepare, options), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self._ready = False
+
+    def wait(self) -> Self:
+        """Block until the engine is up; starting several and then waiting overlaps their start-up."""
+        if not self._ready:
+            self._answer()
+            self._ready = True
+        return self
+
+    def generate(
+        self, prompts: Sequence[str | list[int]], max_tokens: int = 96, concurrency: int | None = None, **sampling: Any
+    ) -> Run:
+        """Generate for all prompts (texts or ids) with at most ``concurrency`` in flight (default: all).
+
+        Greedy unless ``sampling``, which is ``vllm.SamplingParams``', says otherwise. ``max_tokens`` may be changed per
+        prompt by a list ``lengths``.
+        """
+        self.wait()
+        sampling = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
+        self._pipe.send((list(prompts), concurrency or len(prompts), sampling))
+        run: Run = self._answer()
+        return run
+
+    def _answer(self) -> Any:
+        try:
+            kind, value = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            kind, value = "error", f"the engine process ended with code {self._process.exitcode}"
+        if kind == "error":
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+            raise EngineFailed(f"{value}\n--- end of the engine's log ---\n{tail}")
+        return value
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
+        self._process.join(20)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self.log.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _serve(pipe: Connection, log: str, environment: dict[str, str], prepare: str | None, options: dict[str, Any]) -> None:
+    """Child process: build the engine, then answer one batch after the other until None arrives."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.update(environment)
+    try:
+        if prepare is not None:
+            module, _, function = prepare.partition(":")
+            getattr(importlib.import_module(module), function)()
+        from vllm import LLM
+
+        engine = LLM(**{"disable_log_stats": False, "seed": 0, **options})
+        pipe.send(("ready", None))
+        while (batch := pipe.recv()) is not None:
+            pipe.send(("run", _run(engine, *batch)))
+    except Exception:
+        pipe.send(("error", traceback.format_exc()))
+
+
+def _run(engine: Any, prompts: list[Any], concurrency: int, sampling: dict[str, Any]) -> Run:
+    from vllm import SamplingParams
+
+    core = engine.llm_engine
+    lengths = sampling.pop("lengths", None) or [sampling["max_tokens"]] * len(prompts)
+    before = _counters(engine)
+    waiting = list(enumerate(prompts))[::-1]
+    outputs: dict[str, Any] = {}
+    began = time.perf_counter()
+    while waiting or core.has_unfinished_requests():
+        while waiting and core.get_num_unfinished_requests() < concurrency:
+            index, prompt = waiting.pop()
+            given = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+            parameters = SamplingParams(**{**sampling, "max_tokens": lengths[index]})
+            core.add_request(f"{began}-{index}", given, parameters)
+        for output in core.step():
+            if output.finished:
+                outputs[output.request_id] = output.outputs[0]
+    seconds = time.perf_counter() - began
+    ordered = [outputs[f"{began}-{index}"] for index in range(len(prompts))]
+    change = _difference(before, _counters(engine))
+    return Run(
+        [list(output.token_ids) for output in ordered],
+        [output.text for output in ordered],
+        seconds,
+        drafts=change.get("num_drafts", (0,))[0],
+        drafted=change.get("num_draft_tokens", (0,))[0],
+        accepted=change.get("num_accepted_tokens", (0,))[0],
+        accepted_at=change.get("num_accepted_tokens_per_pos", ()),
+        top=[_top(output) for output in ordered] if sampling.get("logprobs") else None,
+    )
+
+
+def _top(output: Any) -> list[dict[int, float]]:
+    return [{token: entry.logprob for token, entry in at.items()} for at in output.logprobs]
+
+
+def _difference(before: dict[str, tuple[float, ...]], after: dict[str, tuple[float, ...]]) -> dict[str, tuple[int, ...]]:
+    change = {}
+    for name, values in after.items():
+        earlier = before.get(name, (0,) * len(values))
+        change[name] = tuple(int(b - a) for a, b in zip(earlier, values, strict=True))
+    return change
+
+
+def _counters(engine: Any) -> dict[str, tuple[float, ...]]:
+    """vLLM's speculative-decoding counters by short name."""
+    prefix = "vllm:spec_decode_"
+    found = {}
+    for metric in engine.get_metrics():
+        if metric.name.startswith(prefix):
+            values = getattr(metric, "values", None)
+            found[metric.name.removeprefix(prefix)] = tuple(values) if values is not None else (metric.value,)
+    return found

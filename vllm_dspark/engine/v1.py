@@ -1,0 +1,208 @@
+"""DSpark on vLLM's V1 runner: the proposer that its EAGLE branch builds when the method is ``dspark``.
+
+One round: the target's hidden states become context K/V in the paged cache, the requests that draft run one
+non-causal block forward, the sequential stage turns it into drafts, and as many as asked for go to the scheduler.
+Scheduling is synchronous here, so sampled tokens arrive as lists and every length is known on the host.
+"""
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.spec_decode.dflash import DFlashProposer
+
+from vllm_dspark.engine import models, pair
+from vllm_dspark.heads import sequential
+from vllm_dspark.options import KEY, DSparkOptions
+
+logger = logging.getLogger("vllm.dspark")
+
+
+class DSparkProposer(DFlashProposer):
+    """Drafts blocks for the V1 runner; DFlash's buffers and loading, DSpark's block layout and sequential stage."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None) -> None:
+        self.input_ids: Tensor
+        self._last_draft_probs: Tensor | None
+        speculative = vllm_config.speculative_config
+        if vllm_config.scheduler_config.async_scheduling:
+            raise ValueError(
+                "DSpark on the V1 runner found asynchronous scheduling and needs it off; "
+                "start with --no-async-scheduling, or use the V2 runner"
+            )
+        speculative.method = "dflash"  # DFlashProposer accepts no other
+        try:
+            super().__init__(vllm_config, device, runner)
+        finally:
+            speculative.method = "dspark"
+        speculative.disable_padded_drafter_batch = True  # sampled tokens as lists, rejected ones dropped
+        self.options = DSparkOptions.parse((vllm_config.additional_config or {}).get(KEY))
+        hf_config = self.draft_model_config.hf_config
+        self.queries = pair.block_queries(hf_config)
+        self.first_slot = 0 if hf_config.sample_from_anchor else 1
+        self.runner = runner
+        runner.use_aux_hidden_state_outputs = True
+        width = self.max_batch_size * self.queries
+        self.max_query_tokens = width
+        if width > self.max_padded_query_tokens:
+            self.positions = torch.zeros(width, dtype=torch.int64, device=device)
+            self._slot_mapping_buffer = torch.zeros(width, dtype=torch.int64, device=device)
+        if width > self.input_ids.shape[0]:
+            self.input_ids = torch.zeros(width, dtype=torch.int32, device=device)
+        self._sampled: list[list[int]] = []
+        self._warned_not_finite = False
+
+    def _raise_if_padded_drafter_batch_disabled(self) -> None:
+        """The base class would refuse what this proposer is built on: exact lengths."""
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        models.register()
+        super().load_model(target_model)
+        # The runner would give up drafting for the whole batch near the end of one request; this is done here per
+        # request instead.
+        self.runner.effective_drafter_max_model_len = self.max_model_len + self.queries + 1
+        self.target_ids = self.model.target_ids
+
+    def prepare_next_token_ids_cpu(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> Tensor:
+        self._sampled = sampled_token_ids
+        tokens: Tensor = super().prepare_next_token_ids_cpu(sampled_token_ids, *args, **kwargs)
+        return tokens
+
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: Tensor,
+        target_positions: Tensor,
+        target_hidden_states: Tensor,
+        next_token_ids: Tensor,
+        token_indices_to_sample: Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: Any,
+        mm_embed_inputs: Any = None,
+        num_rejected_tokens_gpu: Tensor | None = None,
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Drafts of every request in the batch, ``[]`` for those that do not draft; lengths up to k.
+
+        Args:
+            num_speculative_tokens: k. target_positions: ``[T]``, of the T tokens that were kept.
+            target_hidden_states: concatenated target layers, ``[T, m*d]``.
+            next_token_ids: the anchors, ``[R]``. common_attn_metadata: of the R requests, rejected tokens removed.
+        """
+        metadata = common_attn_metadata
+        self._last_draft_probs = None
+        tokens = target_positions.shape[0]
+        states = self.model.combine_hidden_states(target_hidden_states)
+        self.model.precompute_and_store_context_kv(states, target_positions, metadata.slot_mapping[:tokens])
+        drafts: list[list[int]] = [[] for _ in range(metadata.num_reqs)]
+        starts = self._context_lengths(metadata)
+        rows = np.flatnonzero(self._drafting(starts))
+        if rows.size == 0 or num_speculative_tokens == 0:
+            return drafts
+        block = self._draft(rows, starts[rows], next_token_ids, metadata, sampling_metadata)
+        if block is not None:
+            for row, chosen in zip(rows.tolist(), block.tokens[:, :num_speculative_tokens].tolist(), strict=True):
+                drafts[row] = chosen
+            self._keep_probabilities(block.probabilities, rows, metadata.num_reqs, num_speculative_tokens)
+        return drafts
+
+    def _context_lengths(self, metadata: CommonAttentionMetadata) -> np.ndarray:
+        """Tokens of context of each request, ``[R]``: also the position of its anchor."""
+        exact = metadata.seq_lens_cpu_upper_bound
+        lengths: np.ndarray = (metadata.seq_lens.cpu() if exact is None else exact).numpy()
+        return lengths[: metadata.num_reqs]
+
+    def _drafting(self, starts: np.ndarray) -> np.ndarray:
+        """Which requests draft: those that just sampled a token and whose whole block fits the model's length."""
+        sampled = np.fromiter((bool(tokens) for tokens in self._sampled), dtype=bool, count=len(starts))
+        fits: np.ndarray = starts + self.queries <= self.max_model_len
+        return sampled & fits
+
+    def _draft(
+        self, rows: np.ndarray, starts: np.ndarray, anchors: Tensor, metadata: CommonAttentionMetadata, sampling: Any
+    ) -> sequential.Drafts | None:
+        """Block forward and sequential stage for ``rows``; None if the drafter's output is not finite."""
+        index = torch.from_numpy(rows)
+        everyone = rows.size == metadata.num_reqs
+        anchors = anchors if everyone else anchors[index]
+        hidden = self._block_forward(index, starts, anchors, metadata)[:, self.first_slot :]
+        logits = self.model.compute_draft_logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+        if not torch.isfinite(logits.sum()):
+            self._warn_not_finite()
+            return None
+        temperature = noise = None
+        if self._enable_probabilistic_draft_probs and not sampling.all_greedy:
+            temperature = sampling.temperature[index]
+            order = {int(row): place for place, row in enumerate(rows)}
+            generators = {order[row]: g for row, g in sampling.generators.items() if row in order}
+            noise = sequential.exponential_noise(logits.float(), generators)
+        return sequential.draft_block(
+            self.model.markov_head, self.model.confidence_head, hidden, logits, anchors, temperature, noise,
+            self.target_ids,
+        )  # fmt: skip
+
+    def _block_forward(self, rows: Tensor, starts: np.ndarray, anchors: Tensor, metadata: CommonAttentionMetadata) -> Tensor:
+        """Hidden states of the block queries, ``[n, queries, d]``: the anchor, then mask tokens."""
+        count, width = rows.shape[0], self.queries
+        total = count * width
+        positions = torch.from_numpy(starts.astype(np.int64)).unsqueeze(1) + torch.arange(width)
+        table = metadata.block_table_tensor[rows]
+        slots = table.gather(1, positions // self.block_size).long() * self.block_size + positions % self.block_size
+        ids = self.input_ids[:total].view(count, width)
+        ids.fill_(self.parallel_drafting_token_id)
+        ids[:, 0] = anchors
+        self.positions[:total] = positions.flatten()
+        lengths = torch.from_numpy(starts.astype(np.int32)) + width
+        start_locations = torch.arange(0, total + 1, width, dtype=torch.int32)
+        longest = int(lengths.max())
+        block = CommonAttentionMetadata(
+            query_start_loc=start_locations.to(self.device),
+            query_start_loc_cpu=start_locations,
+            seq_lens=lengths.to(self.device),
+            seq_lens_cpu_upper_bound=lengths,
+            num_reqs=count,
+            num_actual_tokens=total,
+            max_query_len=width,
+            max_seq_len=longest,
+            block_table_tensor=table,
+            slot_mapping=slots.flatten(),
+            causal=self.dflash_causal,
+        )
+        _, per_layer = self.build_per_group_and_layer_attn_metadata(block)
+        mode, padded, across = self._determine_batch_execution_and_padding(total)
+        with set_forward_context(
+            per_layer,
+            self.vllm_config,
+            num_tokens=padded,
+            num_tokens_across_dp=across,
+            cudagraph_runtime_mode=mode,
+            slot_mapping=self._get_slot_mapping(padded, block.slot_mapping),
+        ):
+            hidden: Tensor = self.model(
+                input_ids=self.input_ids[:padded], positions=self.positions[:padded], inputs_embeds=None
+            )
+        return hidden[:total].view(count, width, -1)
+
+    def _keep_probabilities(self, q: Tensor | None, rows: np.ndarray, requests: int, k: int) -> None:
+        """Hand the rejection sampler q over target ids, ``[R, k, V]``; rows that did not draft are never read."""
+        if q is None:
+            return
+        q = q[:, :k]
+        if self.target_ids is not None:
+            full = q.new_zeros(*q.shape[:2], self.model.target_vocab_size)
+            full[:, :, self.target_ids] = q
+            q = full
+        if rows.size < requests:
+            spread = q.new_zeros(requests, *q.shape[1:])
+            spread[torch.from_numpy(rows)] = q
+            q = spread
+        self._last_draft_probs = q.contiguous()
+
+    def _warn_not_finite(self) -> None:
+        if not self._warned_not_finite:
+            self._warned_not_finite = True
+            logger.warning("the drafter's logits are not finite; nothing is drafted in such rounds")
