@@ -30,6 +30,7 @@ class Hook:
     Attributes:
         module: where it is looked up. symbol: its dotted name there.
         purpose: why it is needed. loses: what the user loses without it. removal: when the hook can go.
+        versions: those of vLLM in which the symbol was checked to be as described here.
         parameters: names its signature must have.
         mentions: names and strings that its code must contain: the attributes of its object that we share with it.
         when: the module whose import makes it needed; default ``module``.
@@ -45,6 +46,7 @@ class Hook:
     mentions: tuple[str, ...] = ()
     when: str | None = None
     replace: Callable[[Any], Any] | None = None
+    versions: str = SUPPORTED
 
     @property
     def name(self) -> str:
@@ -325,5 +327,5 @@ def _on_import(module: Any) -> None:
         logger.error(
             "vllm-dspark is off: %s. Found vLLM %s, supported are %s. You lose: %s. vLLM itself is untouched; "
             "upgrade vllm-dspark, or set VLLM_DSPARK=0 to hide this line.",
-            reason, vllm_version(), SUPPORTED, hook.loses,
+            reason, vllm_version(), hook.versions, hook.loses,
         )  # fmt: skip

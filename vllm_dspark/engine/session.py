@@ -67,9 +67,7 @@ class EngineProcess:
         self.log = Path(tempfile.mkstemp(prefix="vllm-dspark-", suffix=".log")[1])
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, str(self.log), dict(environment or {}), prepare, options), daemon=True
-        )
+        self._process = context.Process(target=_serve, args=(theirs, str(self.log), dict(environment or {}), prepare, options))
         self._process.start()
         theirs.close()
         self._ready = False
@@ -140,6 +138,8 @@ def _serve(pipe: Connection, log: str, environment: dict[str, str], prepare: str
         pipe.send(("ready", None))
         while (batch := pipe.recv()) is not None:
             pipe.send(("run", _run(engine, *batch)))
+    except EOFError:
+        return  # whoever drove this engine is gone
     except Exception:
         pipe.send(("error", traceback.format_exc()))
 

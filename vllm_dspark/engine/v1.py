@@ -40,7 +40,8 @@ class DSparkProposer(DFlashProposer):
         finally:
             speculative.method = "dspark"
         speculative.disable_padded_drafter_batch = True  # sampled tokens as lists, rejected ones dropped
-        self.options = DSparkOptions.parse((vllm_config.additional_config or {}).get(KEY))
+        additional = vllm_config.additional_config
+        self.options = DSparkOptions.parse(additional.get(KEY) if isinstance(additional, dict) else None)
         hf_config = self.draft_model_config.hf_config
         self.queries = pair.block_queries(hf_config)
         self.first_slot = 0 if hf_config.sample_from_anchor else 1
@@ -53,6 +54,12 @@ class DSparkProposer(DFlashProposer):
             self._slot_mapping_buffer = torch.zeros(width, dtype=torch.int64, device=device)
         if width > self.input_ids.shape[0]:
             self.input_ids = torch.zeros(width, dtype=torch.int32, device=device)
+        logger.info(
+            "DSpark on the V1 runner: block of %d, first prediction in slot %d, options %s",
+            self.queries,
+            self.first_slot,
+            self.options.model_dump(exclude_unset=True),
+        )
         self._sampled: list[list[int]] = []
         self._warned_not_finite = False
 
