@@ -24,7 +24,7 @@ until curl --silent --fail "http://127.0.0.1:$port/health" >/dev/null; do
 done
 curl --silent --fail "http://127.0.0.1:$port/v1/completions" -H 'Content-Type: application/json' -d '{
   "model": "tiny", "temperature": 0, "max_tokens": 96,
-  "prompt": "Start at 2718 and add 314 each time.\nStep 1: 2718 + 314\n"
+  "prompt": "Start at 2718 and add 314 each time.\nStep 1: 2718 + 314"
 }'
 echo
 curl --silent --fail "http://127.0.0.1:$port/metrics" | grep '^vllm:spec_decode_num_' || true

@@ -33,8 +33,15 @@ class Acceptance:
 class ReferenceLoop:
     """A target and a DeepSpec-layout drafter that shares its embeddings, loaded from folders."""
 
-    def __init__(self, target: Path, drafter: Path, sample_from_anchor: bool = True, kept: torch.Tensor | None = None):
-        """``kept``: the target ids that the drafter may propose, ascending; None for all."""
+    def __init__(
+        self,
+        target: Path,
+        drafter: Path,
+        sample_from_anchor: bool = True,
+        kept: torch.Tensor | None = None,
+        k: int | None = None,
+    ):
+        """``kept``: the target ids that the drafter may propose, ascending; None for all. ``k``: drafts kept of a block."""
         self.tokenizer = AutoTokenizer.from_pretrained(target)
         self.target = Qwen3ForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
         config = json.loads((drafter / "config.json").read_text())
@@ -49,7 +56,8 @@ class ReferenceLoop:
         if kept is not None:
             self.tensors["markov_head.markov_w2.weight"] = self.tensors["markov_head.markov_w2.weight"][kept]
         self.first = 0 if sample_from_anchor else 1
-        self.slots = self.drafter.config.block_size - self.first
+        self.trained = self.drafter.config.block_size - self.first
+        self.slots = self.trained if k is None else k
 
     @torch.inference_mode()
     def run(self, prompt: str, continuation: list[int], tokens: int, total: Acceptance) -> None:
@@ -84,4 +92,4 @@ class ReferenceLoop:
             self.tensors, self.drafter.config.markov_head_type, hidden, hidden @ rows.T, anchor_id.view(1), torch.zeros(1),
             target_ids=self.kept, vocab_size=embed.shape[0],
         )  # fmt: skip
-        return block.tokens[0]
+        return block.tokens[0, : self.slots]

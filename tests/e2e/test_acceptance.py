@@ -38,6 +38,16 @@ def test_per_position_acceptance_is_the_plain_loops(engines: Engines, expected: 
     assert_same_rates(run, plain_loop(ReferenceLoop(demo.TARGET, demo.drafter(head)), prompts, expected))
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_fewer_drafts_are_the_first_of_the_trained_block(engines: Engines, expected: Run, prompts: list[str], k: int) -> None:
+    """The whole block is drafted whatever k is; a block cut short before the forward would be accepted less often."""
+    some, wanted = prompts[::4], Run(expected.token_ids[::4], expected.texts[::4], 1.0)
+    engine = engines.get(**COMMON, speculative_config=speculative(demo.drafter("vanilla"), k=k))
+    run = engine.generate(some, max_tokens=TOKENS, concurrency=8)
+    assert len(run.accepted_at) == k
+    assert_same_rates(run, plain_loop(ReferenceLoop(demo.TARGET, demo.drafter("vanilla"), k=k), some, wanted))
+
+
 def as_speculators(folder: Path, head: str, sample_from_anchor: bool, kept: torch.Tensor | None) -> Path:
     """The bundled drafter rewritten in the speculators layout, on ``kept`` ids if given."""
     source = demo.drafter(head)

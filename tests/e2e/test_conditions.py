@@ -44,26 +44,6 @@ def test_requests_join_and_leave(engines: Engines, expected: Run, prompts: list[
         assert not problems, problems
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_fewer_drafts_than_the_block_are_the_first_of_the_same_block(
-    engines: Engines, expected: Run, prompts: list[str], k: int
-) -> None:
-    """The trained block is drafted whatever k is: the first slots are accepted as often as at k = 7."""
-    some = prompts[:32]
-    full = engines.get(**COMMON, speculative_config=speculative(demo.drafter("vanilla"))).generate(
-        some, max_tokens=TOKENS, concurrency=8
-    )
-    cut = engines.get(**COMMON, speculative_config=speculative(demo.drafter("vanilla"), k=k)).generate(
-        some, max_tokens=TOKENS, concurrency=8
-    )
-    assert len(cut.accepted_at) == k
-    assert cut.drafted <= k * cut.drafts
-    assert cut.accepted_at[0] / cut.drafts == pytest.approx(full.accepted_at[0] / full.drafts, abs=0.06)
-    short = Run(expected.token_ids[:32], expected.texts[:32], 1.0, top=expected.top[:32])
-    problems, _ = unexplained(short, cut.token_ids, TOKENS)
-    assert not problems, problems
-
-
 def test_as_a_user_gets_it(engines: Engines, expected: Run, prompts: list[str]) -> None:
     """Compiled, the engine core and the worker in processes of their own, which the options reach."""
     options = {**COMMON, "enforce_eager": False, "environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}}

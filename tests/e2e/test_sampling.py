@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_drafter
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -31,9 +32,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         bos_token_id=None, pad_token_id=None, rope_theta=10000.0,
     )  # fmt: skip
     target = Qwen3ForCausalLM(config)
-    torch.nn.init.normal_(target.lm_head.weight, std=0.35)
+    torch.nn.init.normal_(target.lm_head.weight, std=0.1)
     target.save_pretrained(root / "target")
     drafter = write_drafter(root / "drafter", head="rnn", vocab_size=VOCABULARY, seed=1)
+    tensors = load_file(drafter / "model.safetensors")
+    for name in ("lm_head.weight", "markov_head.markov_w2.weight"):
+        tensors[name] *= 0.4  # or a random drafter is so sure of itself that nothing is ever accepted
+    save_file(tensors, drafter / "model.safetensors")
     return root / "target", drafter
 
 
@@ -69,7 +74,7 @@ def statistic(tokens: list[list[int]], exact: torch.Tensor) -> float:
 
 
 def sample(pair: tuple[Path, Path], method: str, prepare: str | None = None) -> tuple[list[list[int]], float]:
-    """TRIALS samples of four tokens, and the share of drafts accepted."""
+    """TRIALS samples of four tokens, and the share of first drafts accepted."""
     target, drafter = pair
     options = {"model": str(target), "skip_tokenizer_init": True, "max_model_len": 64, "enforce_eager": True,
                "max_num_seqs": 256, "dtype": "float32"}  # fmt: skip
@@ -78,13 +83,13 @@ def sample(pair: tuple[Path, Path], method: str, prepare: str | None = None) -> 
         run = engine.generate(
             [PROMPT] * TRIALS, max_tokens=4, concurrency=256, temperature=1.0, detokenize=False, logprobs=None
         )
-    return run.token_ids, run.accepted / run.drafted
+    return run.token_ids, run.accepted_at[0] / run.drafts
 
 
 @pytest.mark.parametrize("method", ["probabilistic", "greedy"])
 def test_sampled_output_has_the_targets_distribution(pair: tuple[Path, Path], exact: torch.Tensor, method: str) -> None:
     tokens, accepted = sample(pair, method)
-    assert 0.05 < accepted < 0.95
+    assert 0.03 < accepted < 0.95
     assert statistic(tokens, exact) < LIMIT
 
 

@@ -221,6 +221,14 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.model_executor.model_loader.weight_utils", "default_weight_loader", "loads the heads' tensors",
         "param", "loaded_weight",
     ),
+    Hook(
+        "vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens",
+        purpose="mend it on CPUs: its kernel there leaves temperatures, top-k and top-p of drafted requests uninitialised",
+        loses="the target's own distribution when sampling with speculation on a CPU",
+        removal="when vLLM's CPU kernel writes floats", when=RUNNER,
+        parameters=("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"), replace=patches.expand_batch_to_tokens,
+    ),
+    _v1(f"{MODELS}.utils", "maybe_prefix", "keeps the Gemma 4 draft layers' names apart from the target's", "prefix", "name"),
     _v1(
         f"{MODELS}.registry", "ModelRegistry.register_model", "draft model classes with every correction head",
         "model_arch", "model_cls", loses="the gated and rnn heads",

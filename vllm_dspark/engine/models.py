@@ -13,6 +13,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.gemma4_dspark import Gemma4DSparkForCausalLM
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
 from vllm.model_executor.models.qwen3_dspark import Qwen3DSparkForCausalLM
+from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_dspark.heads.modules import ConfidenceHead, HeadKind, MarkovHead
 
@@ -77,10 +78,13 @@ class Qwen3DSparkDraft(DraftHeads, Qwen3DSparkForCausalLM):
 
 
 class Gemma4DSparkDraft(DraftHeads, Gemma4DSparkForCausalLM):
-    """Gemma 4 backbone, with its embedding scale and logit soft-cap."""
+    """Gemma 4 backbone, with its embedding scale and logit soft-cap.
+
+    vLLM counts its layers from 0 under the name "model", where a text-only target's layers are too; hence the prefix.
+    """
 
     def __init__(self, *, vllm_config, prefix: str = "") -> None:  # type: ignore[no-untyped-def]
-        Gemma4DSparkForCausalLM.__init__(self, vllm_config=vllm_config, prefix=prefix)
+        Gemma4DSparkForCausalLM.__init__(self, vllm_config=vllm_config, prefix=maybe_prefix("draft", prefix))
         self.model.markov_head = None
         self.model.confidence_head = None
         self.build_heads()

