@@ -38,6 +38,7 @@ def test_per_position_acceptance_is_the_plain_loops(engines: Engines, expected: 
     assert_same_rates(run, plain_loop(ReferenceLoop(demo.TARGET, demo.drafter(head)), prompts, expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 def test_fewer_drafts_are_the_first_of_the_trained_block(engines: Engines, expected: Run, prompts: list[str], k: int) -> None:
     """The whole block is drafted whatever k is; a block cut short before the forward would be accepted less often."""
