@@ -5,10 +5,11 @@ from typing import Annotated
 import typer
 
 import vllm_dspark
-from vllm_dspark.cli import demo
+from vllm_dspark.cli import demo, simulate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="DSpark for vLLM.")
 app.command("demo")(demo.demo)
+app.command("simulate")(simulate.simulate)
 
 
 def _version(value: bool) -> None:

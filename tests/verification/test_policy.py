@@ -1,0 +1,355 @@
+"""The policy decides from the past alone, keeps to its limits, explains itself and never crashes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from vllm_dspark.verification.cost import CostModel, CostTable, StepTiming
+from vllm_dspark.verification.policy import Policy
+from vllm_dspark.verification.records import Outcomes, PolicyOptions, RoundInput
+
+FLAT = CostTable((1, 4096), (0.010, 0.0101), (1, 512), (0.002, 0.0021))
+STEEP = CostTable((1, 4096), (0.001, 4.0), (1, 512), (0.002, 0.01))
+
+
+def make(table=FLAT, width=4, **options):
+    return Policy(width, CostModel(table, 4096, 512), PolicyOptions(**options))
+
+
+def play(policy, rounds, confidence, names=("a", "b"), context=100, limits=None):
+    """Rounds in which every draft is accepted with the probability its confidence states; returns the lengths of each."""
+    rng = np.random.default_rng(5)
+    table = policy.cost.table if policy.cost else FLAT
+    truth = CostModel(table, 4096, 512)
+    history = []
+    for _ in range(rounds):
+        decision = policy.begin_round(RoundInput(names, np.full(len(names), context), limits))
+        lengths = np.zeros(len(names), dtype=int)
+        if decision.drafting:
+            confidences = np.full((decision.rows.size, policy.width), confidence)
+            lengths[decision.rows] = policy.lengths(confidences)
+        hits = np.cumprod(rng.random((len(names), policy.width)) < confidence, axis=1).sum(axis=1)
+        accepted = np.minimum(hits, lengths)
+        rows = decision.rows
+        policy.observe(Outcomes([names[row] for row in rows], lengths[rows], accepted[rows]))
+        shape = StepTiming(
+            int(len(names) + lengths.sum()), len(names), len(names) * context, 1.0, None, rows.size, rows.size * context
+        )
+        target, draft = truth.step(shape)
+        policy.observe_step(dataclasses.replace(shape, target_seconds=target, draft_seconds=draft))
+        history.append(lengths)
+    return np.array(history)
+
+
+def test_drafts_everything_where_verifying_is_free_and_good():
+    lengths = play(make(), 60, 0.9)
+    assert (lengths[20:] == 4).mean() > 0.9
+
+
+def test_drafts_nothing_where_verifying_costs_more_than_it_brings():
+    policy = make(STEEP)
+    lengths = play(policy, 500, 0.5, names=tuple("abcdefgh"))
+    assert lengths[20:].mean() < 0.05
+    assert policy.explain()["probing_share"] <= 0.01
+
+
+def test_turns_off_when_acceptance_falls_and_on_when_it_returns():
+    policy = make(CostTable((1, 4096), (0.010, 0.5), (1, 512), (0.004, 0.0041)))
+    on = play(policy, 60, 0.9)
+    off = play(policy, 200, 0.02)
+    again = play(policy, 300, 0.9)
+    assert on[20:].mean() > 2
+    assert off[60:].mean() < 0.2
+    assert again[-100:].mean() > 2
+
+
+@pytest.mark.parametrize("users", [1, 8, 32])
+def test_new_requests_are_looked_at_soon_however_long_nothing_was_drafted(users):
+    """Twenty generations of hopeless requests, then good ones; a draft pass costs 0.4 of a step, a request lasts 90 rounds."""
+    policy = make(CostTable((1, 8, 32, 256), (0.010, 0.0145, 0.020, 0.054), (1, 8, 32), (0.004, 0.007, 0.014)), width=7)
+    for generation in range(20):
+        play(policy, 90, 0.05, names=tuple(f"{generation}-{user}" for user in range(users)))
+    assert policy.explain()["probing_share"] <= 0.01
+    again = play(policy, 100, 0.9, names=tuple(f"new-{user}" for user in range(users)))
+    assert (again[50:].sum(axis=1) > 2 * users).mean() > 0.9
+
+
+def test_long_context_turns_drafting_off_and_short_context_on():
+    table = dataclasses.replace(FLAT, per_token_context=1e-7)
+    policy = make(table)
+    short = play(policy, 40, 0.8, names=("s", "t"), context=100)
+    long = play(policy, 80, 0.8, names=("u", "v"), context=128_000)
+    back = play(policy, 40, 0.8, names=("w", "x"), context=100)
+    assert short[20:].mean() > 2
+    assert long[20:].mean() < 0.3
+    assert back[20:].mean() > 2
+
+
+def test_only_requests_that_pay_draft():
+    """Half the requests are hopeless and drafting them costs; the good ones go on."""
+    table = CostTable((1, 64), (0.010, 0.05), (1, 64), (0.001, 0.02))
+    policy = make(table)
+    truth = CostModel(table, 4096, 512)
+    names = tuple(f"{kind}{i}" for i in range(8) for kind in "gb")
+    good = np.array([name[0] == "g" for name in names])
+    rng = np.random.default_rng(0)
+    share = np.zeros(2)
+    for step in range(120):
+        decision = policy.begin_round(RoundInput(names, np.full(16, 10)))
+        rows, lengths = decision.rows, np.zeros(16, dtype=int)
+        chance = np.where(good, 0.92, 0.05)
+        if decision.drafting:
+            lengths[rows] = policy.lengths(np.repeat(chance[rows, None], 4, axis=1))
+        accepted = np.minimum(np.cumprod(rng.random((16, 4)) < chance[:, None], axis=1).sum(axis=1), lengths)
+        policy.observe(Outcomes([names[row] for row in rows], lengths[rows], accepted[rows]))
+        shape = StepTiming(int(16 + lengths.sum()), 16, 160.0, 1.0, None, rows.size, rows.size * 10.0)
+        target, draft = truth.step(shape)
+        policy.observe_step(dataclasses.replace(shape, target_seconds=target, draft_seconds=draft))
+        if step >= 40:
+            share += [np.isin(rows, np.flatnonzero(good)).sum(), np.isin(rows, np.flatnonzero(~good)).sum()]
+    assert share[0] > 0.9 * 80 * 8
+    assert share[1] < 0.1 * 80 * 8
+
+
+def test_fixed_and_off():
+    assert (play(make(policy="fixed", fixed_drafts=3), 5, 0.1) == 3).all()
+    assert (play(make(STEEP, policy="fixed"), 5, 0.1) == 4).all()
+    assert (play(make(policy="off"), 5, 0.9) == 0).all()
+
+
+def test_per_request_limits_and_policies_side_by_side():
+    policy = make()
+    policy.add("off", policy="off")
+    policy.add("zero", max_draft_tokens=0)
+    policy.add("fixed", policy="fixed")
+    policy.add("two", max_draft_tokens=2)
+    lengths = play(policy, 60, 0.95, names=("off", "zero", "fixed", "two", "free"))[20:]
+    assert (lengths[:, :2] == 0).all()
+    assert (lengths[:, 2] == 4).all()
+    assert lengths[:, 3].max() == 2
+    assert lengths[:, 4].mean() > 3.5
+
+
+def test_limits_of_the_round_are_kept():
+    lengths = play(make(), 30, 0.95, limits=np.array([0, 1]))
+    assert (lengths[:, 0] == 0).all()
+    assert lengths[:, 1].max() == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), [({"max_draft_tokens": -1}, "0 or more, found -1"), ({"policy": "most"}, "found 'most'")]
+)
+def test_bad_request_values_are_refused_and_change_nothing(arguments, says):
+    policy = make()
+    with pytest.raises(ValueError, match=says):
+        policy.add("x", **arguments)
+    assert len(policy.requests) == 0
+
+
+def test_speed_objective_bounds_the_step():
+    """Verifying for half of the requests pays in throughput but slows the other half, which do not draft."""
+    table = CostTable((64, 320), (0.014, 0.035), (1, 64), (0.001, 0.001))
+    names = tuple(f"r{i}" for i in range(64))
+    sums = []
+    for speed in (None, 60.0, 50.0, 1000.0):
+        policy = make(table, min_tokens_per_second_per_request=speed)
+        for name in names[:32]:
+            policy.add(name, policy="off")
+        sums.append(play(policy, 60, 0.9, names=names)[40:].sum(axis=1))
+    free, tight, loose, hopeless = sums
+    seconds = CostModel(table, 4096, 512).curve(64, 256, 64, 6400.0) + 0.001
+    assert seconds[int(free.min())] > 1 / 50.0
+    assert seconds[int(tight.max())] <= 1 / 60.0 * 1.02  # the policy's own estimate of the time is what it keeps to
+    assert seconds[int(loose.max())] <= 1 / 50.0 * 1.02
+    assert tight.max() < loose.max()
+    assert hopeless.min() == free.min()  # a speed that not drafting misses as well cannot be kept
+
+
+def test_nan_confidences_are_no_drafts_from_there_on():
+    policy = make(policy="fixed")
+    decision = policy.begin_round(RoundInput(("a", "b", "c"), np.full(3, 10)))
+    assert decision.rows.tolist() == [0, 1, 2]
+    confidences = np.full((3, 4), 0.9)
+    confidences[0, 2] = np.nan
+    confidences[1, 0] = np.inf
+    assert policy.lengths(confidences).tolist() == [2, 0, 4]
+    assert policy.counters["rows with unusable confidences"] == 2
+    policy.observe(Outcomes(("a", "b", "c"), np.array([2, 0, 4]), np.array([1, 0, 4])))
+    assert np.isfinite(policy.history.positions).all()
+
+
+def test_without_a_confidence_head_acceptance_is_learned_from_outcomes():
+    policy = make(CostTable((1, 4096), (0.010, 0.5), (1, 512), (0.004, 0.0041)))
+    truth = CostModel(policy.cost.table, 4096, 512)
+    rng = np.random.default_rng(0)
+
+    def run(rounds, chance):
+        drafted = 0
+        for _ in range(rounds):
+            rows = policy.begin_round(RoundInput(("a", "b"), np.full(2, 10))).rows
+            lengths = policy.lengths(None) if rows.size else np.zeros(0, dtype=int)
+            accepted = np.minimum(np.cumprod(rng.random((rows.size, 4)) < chance, axis=1).sum(axis=1), lengths)
+            policy.observe(Outcomes([("a", "b")[row] for row in rows], lengths, accepted))
+            shape = StepTiming(int(2 + lengths.sum()), 2, 20.0, 1.0, None, rows.size, rows.size * 10.0)
+            target, draft = truth.step(shape)
+            policy.observe_step(dataclasses.replace(shape, target_seconds=target, draft_seconds=draft))
+            drafted += rows.size
+        return drafted / (2 * rounds)
+
+    assert run(60, 0.9) > 0.8
+    run(60, 0.02)
+    assert run(60, 0.02) < 0.1
+
+
+@pytest.mark.parametrize("fallback", ["off", "fixed"])
+def test_absurd_costs_fall_back_with_one_warning(caplog, fallback):
+    policy = make(fallback=fallback)
+    policy.cost.at = lambda *_: np.array([np.nan])
+    lengths = play(policy, 3, 0.9)
+    assert policy.failure
+    assert (lengths == (4 if fallback == "fixed" else 0)).all()
+    assert len(caplog.records) == 1
+    assert policy.explain()["failure"]
+
+
+def test_without_costs_an_adaptive_policy_is_the_fallback(caplog):
+    policy = Policy(4, None, PolicyOptions(fallback="fixed", fixed_drafts=2))
+    assert (play(policy, 3, 0.9) == 2).all()
+    assert len(caplog.records) == 1
+
+
+def test_same_calls_give_the_same_answers():
+    first, second = make(), make()
+    assert (play(first, 50, 0.6) == play(second, 50, 0.6)).all()
+    assert first.explain() == second.explain()
+
+
+def test_explain_is_json_and_names_what_was_compared():
+    policy = make()
+    play(policy, 5, 0.9)
+    told = json.loads(json.dumps(policy.explain()))
+    assert told["throughput_best"] > told["throughput_off"] > 0
+    assert {"reason", "gain", "margin", "deviation", "balance_seconds", "probing_share", "temperatures"} <= told.keys()
+
+
+def test_a_new_request_starts_from_the_fleet():
+    policy = make(CostTable((1, 4096), (0.010, 0.5), (1, 512), (0.004, 0.0041)))
+    play(policy, 120, 0.02, names=tuple(f"r{user}" for user in range(24)))
+    decision = policy.begin_round(RoundInput(("new",), np.array([10])))
+    assert decision.probes.all()  # at most looked at, on the probing account
+    assert policy.explain()["gain"] < 0
+
+
+def test_state_carries_over_a_restart(caplog):
+    policy = make(CostTable((1, 4096), (0.010, 0.5), (1, 512), (0.004, 0.0041)))
+    play(policy, 120, 0.02, names=tuple(f"r{user}" for user in range(24)))
+    fresh = make(policy.cost.table)
+    assert fresh.load_state(json.loads(json.dumps(policy.state())))
+    assert fresh.begin_round(RoundInput(("new",), np.array([10]))).probes.all()
+    assert fresh.explain()["gain"] < 0
+    other = make(width=7)
+    assert not other.load_state(policy.state())
+    assert len(caplog.records) == 1
+    assert (play(other, 3, 0.9).shape) == (3, 2)
+
+
+def test_requests_that_are_never_finished_make_room():
+    policy = make(policy="off")
+    for step in range(1100):
+        policy.begin_round(RoundInput((f"r{step}",), np.array([10])))
+    assert len(policy.requests) < 600
+    policy.finish(["r1099", "unknown"])
+
+
+def test_who_drafts_is_settled_before_anything_is_drafted():
+    """Whatever the confidences of earlier rounds were worth, this round's cannot change who drafts or what verifying costs."""
+    policies = [make(STEEP), make(STEEP)]
+    for policy in policies:
+        play(policy, 30, 0.9)
+    first, second = (p.begin_round(RoundInput(("a", "b"), np.full(2, 100))) for p in policies)
+    plans = [p._plan for p in policies]
+    assert first.rows.tolist() == second.rows.tolist()
+    before = [(plan.floor, plan.time_limit, plan.draft_seconds) for plan in plans]
+    if first.drafting:
+        policies[0].lengths(np.full((first.rows.size, 4), 0.99))
+        policies[1].lengths(np.full((first.rows.size, 4), 0.01))
+    assert before == [(plan.floor, plan.time_limit, plan.draft_seconds) for plan in plans]
+    assert before[0] == before[1]
+
+
+def admitted_despite_changes(decide, width=4, requests=3):
+    """Cases in which changing confidences behind (r, j) changed whether (r, j) is verified."""
+    rng = np.random.default_rng(1)
+    changed = 0
+    for _ in range(200):
+        confidences = rng.random((requests, width)) ** 0.3
+        r, j = int(rng.integers(requests)), int(rng.integers(width - 1))
+        other = confidences.copy()
+        other[r, j + 1 :] = rng.random(width - j - 1)
+        changed += (decide(confidences)[r] > j) != (decide(other)[r] > j)
+    return changed
+
+
+def test_lengths_do_not_look_ahead_and_a_mutation_that_does_is_caught():
+    names = ("a", "b", "c")
+    table = CostTable((3, 6, 15), (0.010, 0.016, 0.030), (1, 8), (0.002, 0.002))
+
+    def decide(confidences, leak=False):
+        policy = make(table)
+        play(policy, 12, 0.8, names=names)
+        decision = policy.begin_round(RoundInput(names, np.full(3, 100)))
+        lengths = np.zeros(3, dtype=int)
+        if leak and confidences.prod(axis=1).max() < 0.3:  # decides with this round's tokens
+            return lengths
+        lengths[decision.rows] = policy.lengths(confidences[decision.rows])
+        return lengths
+
+    assert admitted_despite_changes(decide) == 0
+    assert admitted_despite_changes(lambda c: decide(c, leak=True)) > 0
+
+
+def test_a_decision_that_stands_gives_way_to_new_requests_limits_and_policies():
+    policy, names = make(), ["a", "b"]
+    play(policy, 60, 0.9, names=names)
+    assert policy.begin_round(RoundInput(names, np.full(2, 100))).rows.tolist() == [0, 1]
+    assert policy.begin_round(RoundInput(names, np.full(2, 100), np.array([4, 0]))).rows.tolist() == [0]
+    play(policy, 60, 0.9, names=names)
+    names.append("c")  # the caller's own list, changed in place
+    assert policy.begin_round(RoundInput(names, np.full(3, 100))).rows.tolist() == [0, 1, 2]
+    play(policy, 60, 0.9, names=names)
+    policy.add("b", policy="off")
+    assert policy.begin_round(RoundInput(names, np.full(3, 100))).rows.tolist() == [0, 2]
+
+
+def test_a_request_that_finished_leaves_nothing_to_the_next_in_its_place():
+    policy = make()
+    play(policy, 40, 0.9)
+    policy.begin_round(RoundInput(("a", "b"), np.full(2, 100)))
+    policy.lengths(np.full((2, 4), 0.9))
+    policy.finish(["a", "b"])
+    policy.add("c")
+    policy.begin_round(RoundInput(("c",), np.array([100])))
+    slots, *_ = policy.requests.rows(["c"], policy.round, 4)
+    assert policy.history.weight[slots] == 0
+
+
+def test_most_rounds_without_drafts_need_no_decision(monkeypatch):
+    policy = make(STEEP)
+    play(policy, 300, 0.3)
+    decided = []
+    monkeypatch.setattr(policy, "_decide", lambda plan, decide=policy._decide: decided.append(1) or decide(plan))
+    play(policy, 200, 0.3)
+    assert len(decided) < 50
+
+
+def test_asynchronous_budget_comes_from_stale_survivals():
+    policy = make(asynchronous=True)
+    play(policy, 30, 0.9)
+    decision = policy.begin_round(RoundInput(("a", "b"), np.full(2, 100)))
+    assert decision.drafting
+    budget = policy.budget()
+    assert policy.budget(np.full((2, 4), 0.9)) > policy.budget(np.full((2, 4), 1e-6)) or budget == 8
+    lengths = policy.lengths(np.array([[0.9] * 4, [0.1] * 4]), budget=3)
+    assert lengths.tolist() == [3, 0]

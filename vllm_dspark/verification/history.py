@@ -1,0 +1,227 @@
+"""What is known of each request, and of the fleet, from past rounds: acceptance and what drafting would yield.
+
+Acceptance: a draft's calibrated logit gets two additive corrections, one per position shared by the fleet and one per request,
+each a logistic filter on judged drafts (a censored draft is no evidence) that starts at 0 with a prior. A new request therefore
+starts as the fleet. Yield: for thresholds v the number of drafts N(v) whose survival exceeds v and their summed survival G(v),
+averaged over a request's recent draft rounds and shrunk to the fleet's. N and G describe the whole trade-off: verifying what
+exceeds v costs N(v) tokens and brings G(v). How far to shrink is learned (empirical Bayes): where requests differ by more than
+their rounds do, a request's own rounds soon count. Averages that a round contradicts are given up at once.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_dspark.verification.survival import Floats, Survival, logit, sigmoid
+
+Slots = NDArray[np.int64]
+
+THRESHOLDS: Floats = np.array([0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+PRIOR_ACCEPTANCE = 0.75  # of a draft of an unknown fleet: hopeful, so that drafting is tried
+_MEMORY = 16.0  # draft rounds a request's averages reach back
+_HOPE = 2.0  # requests that the prior counts in what is expected of a request nobody has looked at
+_FLEET_MEMORY = 192.0  # draft rounds that the fleet's reach back, unless more come at once
+_STALE, _FLEET_STALE = 32.0, 128.0  # rounds without drafting after which old averages count half against a new draft round
+_KEPT = 256.0  # and after which a request's count half while there is none
+_SHRINK = (0.5, 8.0)  # draft rounds that the fleet's average counts in a request's: least, most
+_WITHIN, _FIRST = 1.0, 1.5  # prior variances of Σ survival: of a request's rounds, and of a first round around the fleet
+_WITHIN_MEMORY, _FIRST_MEMORY = 64.0, (4.0, 24.0)  # draft rounds and requests that they reach back
+_JUMP = 9.0  # squared deviation, in variances, at which an average is given up
+_REQUEST_PRECISION = (4.0, 8.0)  # of a request's correction: prior, most
+_POSITION_PRECISION = (8.0, 80.0)  # of a position's correction: prior, most
+_BOUND = 4.0  # largest correction, logits
+_FIELDS = ("number", "gain", "weight", "shift", "precision", "recent", "mean", "last")
+
+
+def yields(survival: Floats) -> tuple[Floats, Floats]:
+    """N(v) and G(v) of survivals ``(n, γ)`` for every threshold, each ``(n, thresholds)``."""
+    above = (survival[:, :, None] > THRESHOLDS).astype(np.float64)
+    return above.sum(axis=1), np.asarray((survival[:, None, :] @ above)[:, 0])
+
+
+class History:
+    """Per-request statistics in slots that are reused, and the fleet's."""
+
+    def __init__(self, width: int, capacity: int = 64) -> None:
+        """Args: width: γ. capacity: requests there is room for at first."""
+        self.width = width
+        self.number = np.zeros((capacity, THRESHOLDS.size))
+        self.gain = np.zeros((capacity, THRESHOLDS.size))
+        self.weight = np.zeros(capacity)
+        self.shift = np.zeros(capacity)
+        self.precision = np.full(capacity, _REQUEST_PRECISION[0])
+        self.recent = np.zeros((capacity, width))
+        self.mean = np.zeros((capacity, width))
+        self.last = np.zeros(capacity, dtype=np.int64)
+        self.positions = np.zeros(width)
+        self.position_precision = np.full(width, _POSITION_PRECISION[0])
+        prior: Floats = np.asarray(PRIOR_ACCEPTANCE ** np.arange(1.0, width + 1.0), dtype=np.float64)
+        number, gain = yields(prior[None, :])
+        self.fleet_number, self.fleet_gain, self.fleet_mean = number[0], gain[0], prior
+        self._prior_number, self._prior_gain = number[0], gain[0]
+        self.fleet_weight = 0.0
+        self.fleet_last = 0
+        self.drafted = self.looked = 0  # draft rounds, and requests that had at least one
+        self.within, self.first = _WITHIN, _FIRST
+        self._firsts = _FIRST_MEMORY[0]
+
+    def reset(self, slot: int, now: int) -> None:
+        """Give a slot to a new request: nothing known but the fleet; grows when the slot is beyond the end."""
+        while slot >= self.weight.size:
+            for name in _FIELDS:
+                array = getattr(self, name)
+                setattr(self, name, np.concatenate([array, np.zeros_like(array)]))
+        self.weight[slot] = self.shift[slot] = 0.0
+        self.precision[slot] = _REQUEST_PRECISION[0]
+        self.last[slot] = now
+        self.recent[slot] = self.mean[slot] = self.fleet_mean
+
+    def conditional(self, slots: Slots, logits: Floats) -> Floats:
+        """Corrected acceptance probabilities ``(n, γ)`` from calibrated logits ``(n, γ)``."""
+        return sigmoid(logits + self.positions + self.shift[slots, None])
+
+    def expected(self, slots: Slots, now: int, caps: Slots) -> tuple[Floats, Floats]:
+        """N and G of a draft round of each request, ``(n, thresholds)``, shrunk to the fleet.
+
+        Args:
+            now: number of the round. caps: most drafts of each request, ``(n,)``, at least 1.
+        """
+        weight = self.weight[slots] * np.exp2((self.last[slots] - now) / _KEPT)
+        shrink = min(max(self.within / max(self.first - self.within, 1e-9), _SHRINK[0]), _SHRINK[1])
+        share = (shrink / (shrink + weight))[:, None]
+        number = self.number[slots] + share * (self.fleet_number - self.number[slots])
+        gain = self.gain[slots] + share * (self.fleet_gain - self.gain[slots])
+        new = weight == 0.0
+        if new.any():  # a fleet of few requests may be an odd one
+            hope = _HOPE / (_HOPE + self.looked)
+            number[new] += hope * (self._prior_number - number[new])
+            gain[new] += hope * (self._prior_gain - gain[new])
+        if caps.size and caps.min() < self.width:  # the yields were measured without the cap
+            survival = np.cumsum(self.mean[slots], axis=1)
+            part = survival[np.arange(slots.size), caps - 1] / np.maximum(survival[:, -1], 1e-9)
+            number = np.minimum(number, caps[:, None])
+            gain = np.minimum(gain * part[:, None], number)
+        return number, gain
+
+    def drew(self, slots: Slots, survival: Floats, now: int, settled: bool = False) -> None:
+        """Learn the yields of draft rounds of these requests, verified or not.
+
+        Args:
+            survival: ``(m, n, γ)`` of m rounds in a row, the last of them ``now``. settled: they come from :meth:`guess`, which
+                is an average already; the last replaces what was known.
+        """
+        if settled:
+            survival = survival[-1:]
+        rounds, requests, _ = survival.shape
+        if requests == 0:
+            return
+        numbers, gains = yields(survival.reshape(-1, self.width))
+        number = numbers.reshape(rounds, requests, -1).mean(axis=0)
+        gain = gains.reshape(rounds, requests, -1).mean(axis=0)
+        mean = survival.mean(axis=0)
+        weight = self.weight[slots]
+        gap = self.last[slots] + rounds - now
+        if gap.min() < 0:
+            kept = np.exp2(np.minimum(gap, 0) / _STALE)
+            weight = weight * kept
+            self.precision[slots] = np.maximum(self.precision[slots] * kept, _REQUEST_PRECISION[0])
+        old = self.gain[slots]
+        new = self.weight[slots] == 0.0
+        self._learn_spread(gains[-requests:, 0], old[:, 0], weight, new)
+        self.looked += int(np.count_nonzero(new))
+        off = (gain[:, 0] - old[:, 0]) ** 2 * weight
+        weight = np.where(off > _JUMP * self.within * (weight / rounds + 1.0), np.minimum(weight, 0.5), weight) + rounds
+        rate = 1.0 if settled else (rounds / np.minimum(weight, max(_MEMORY, rounds)))[:, None]
+        self.gain[slots] = old + rate * (gain - old)
+        self.number[slots] += rate * (number - self.number[slots])
+        self.mean[slots] += rate * (mean - self.mean[slots])
+        self.weight[slots] = np.minimum(weight, _MEMORY)
+        self.recent[slots] = survival[-1]
+        self.last[slots] = now
+        self._learn_fleet(number.mean(axis=0), gain.mean(axis=0), mean.mean(axis=0), requests * rounds, now, settled)
+
+    def _learn_spread(self, level: Floats, own: Floats, weight: Floats, new: NDArray[np.bool_]) -> None:
+        """How much Σ survival varies between the rounds of a request, and between a new request and the fleet; all ``(n,)``."""
+        seen = weight >= 1.0
+        count = int(np.count_nonzero(seen))
+        if count:
+            off = ((level - own) ** 2 * weight / (weight + 1.0))[seen]
+            variance = float(np.minimum(off, _JUMP * self.within).sum()) / count
+            self.within += count / (count + _WITHIN_MEMORY) * (variance - self.within)
+        if count < level.size and self.fleet_weight and new.any():
+            off = (level[new] - self.fleet_gain[0]) ** 2
+            self._firsts = min(self._firsts + off.size, max(_FIRST_MEMORY[1], off.size))
+            self.first += off.size / self._firsts * (float(off.mean()) - self.first)
+
+    def _learn_fleet(self, number: Floats, gain: Floats, survival: Floats, drawn: int, now: int, settled: bool) -> None:
+        self.drafted += drawn
+        kept = self.fleet_weight * 2.0 ** (min(self.fleet_last + 1 - now, 0) / _FLEET_STALE)
+        if settled or drawn * (float(gain[0]) - float(self.fleet_gain[0])) ** 2 > _JUMP * max(self.first, self.within):
+            kept = min(kept, drawn)
+        self.fleet_weight = min(kept + drawn, max(_FLEET_MEMORY, 2.0 * drawn))
+        self.fleet_last = now
+        rate = drawn / self.fleet_weight
+        self.fleet_number = self.fleet_number + rate * (number - self.fleet_number)
+        self.fleet_gain = self.fleet_gain + rate * (gain - self.fleet_gain)
+        self.fleet_mean = self.fleet_mean + rate * (survival - self.fleet_mean)
+
+    def judged(self, slots: Slots, conditional: Floats, verified: Slots, accepted: Slots) -> None:
+        """Correct acceptance from verified drafts.
+
+        Args:
+            conditional: ``(n, γ)`` as used in the round. verified, accepted: drafts per request, ``(n,)``. A draft behind the
+                first rejection was not judged on its own and does not count.
+        """
+        places = np.arange(self.width)
+        reached = places < np.minimum(verified, accepted + 1)[:, None]
+        surprise = ((places < accepted[:, None]) - conditional) * reached
+        information = conditional * (1.0 - conditional) * reached
+        per_request = information.sum(axis=1)
+        precision = np.minimum(self.precision[slots] + per_request, _REQUEST_PRECISION[1])
+        self.precision[slots] = precision
+        pull = _REQUEST_PRECISION[0] / precision * np.minimum(per_request / _REQUEST_PRECISION[1], 1.0)
+        shift = self.shift[slots] * (1.0 - pull) + surprise.sum(axis=1) / precision
+        self.shift[slots] = np.minimum(np.maximum(shift, -_BOUND), _BOUND)
+        per_position = information.sum(axis=0)
+        ceiling = _POSITION_PRECISION[1] + 2.0 * per_position
+        self.position_precision = np.minimum(self.position_precision + per_position, ceiling)
+        step = np.minimum(np.maximum(surprise.sum(axis=0) / self.position_precision, -1.0), 1.0)
+        self.positions = np.minimum(np.maximum(self.positions + step, -_BOUND), _BOUND)
+
+    def guess(self, rows: int) -> Floats:
+        """Logits ``(rows, γ)`` for drafters without a confidence head; the corrections do the rest."""
+        return np.full((rows, self.width), float(logit(PRIOR_ACCEPTANCE)))
+
+    def state(self) -> dict[str, Any]:
+        """The fleet's part, JSON-ready."""
+        return {
+            "positions": self.positions.tolist(), "number": self.fleet_number.tolist(), "gain": self.fleet_gain.tolist(),
+            "mean": self.fleet_mean.tolist(), "weight": self.fleet_weight, "precision": self.position_precision.tolist(),
+            "within": self.within, "first": self.first, "looked": self.looked,
+        }  # fmt: skip
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Start from a saved fleet.
+
+        Raises:
+            ValueError: it is of another γ or not finite.
+        """
+        names = ("positions", "number", "gain", "mean", "precision")
+        arrays = {name: np.asarray(state[name], dtype=np.float64) for name in names}
+        wanted = {"number": THRESHOLDS.size, "gain": THRESHOLDS.size}
+        for name, array in arrays.items():
+            if array.shape != (wanted.get(name, self.width),) or not np.isfinite(array).all():
+                raise ValueError(f"history: {name} has {array.size} values, wanted {wanted.get(name, self.width)} finite ones")
+        self.positions, self.fleet_mean = arrays["positions"], arrays["mean"]
+        self.fleet_number, self.fleet_gain = arrays["number"], arrays["gain"]
+        self.position_precision, self.fleet_weight = arrays["precision"], float(state["weight"])
+        self.drafted, self.looked = int(self.fleet_weight), int(state["looked"])
+        self.within, self.first = float(state["within"]), float(state["first"])
+
+
+def survivals(conditional: Floats) -> Survival:
+    """Running products as float32 ``(n, γ)``; what the scheduler ranks."""
+    product: Survival = np.cumprod(conditional, axis=1).astype(np.float32)
+    return product

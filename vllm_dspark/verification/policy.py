@@ -1,0 +1,401 @@
+"""The policy: who drafts this round, how many drafts are verified, and what is learned from it.
+
+One object serves the proposer, the verification manager and the simulator. Per round: :meth:`Policy.observe` and
+:meth:`Policy.observe_step` for the round before, :meth:`Policy.begin_round`, and, if anybody drafts, :meth:`Policy.lengths`.
+
+Lossless (arXiv 2607.05147, appendix A): who drafts, the budget and every cost are fixed before anything of the round is
+drafted; after that a draft's fate depends on confidences only through :func:`scheduler.synchronous`'s walk. Deterministic: the
+same calls give the same answers, so ranks that are given rank 0's timings agree.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_dspark.verification import choice, history, saved, scheduler
+from vllm_dspark.verification.choice import Choice
+from vllm_dspark.verification.cost import CostModel, StepTiming
+from vllm_dspark.verification.history import History
+from vllm_dspark.verification.ledger import Ledger, Yield
+from vllm_dspark.verification.online import OnlineSTS
+from vllm_dspark.verification.plan import NO_FLOOR, Load, Plan
+from vllm_dspark.verification.probing import PROBE_DRAFTS, Probing, price
+from vllm_dspark.verification.records import KINDS, DraftDecision, Kind, Outcomes, PolicyOptions, RoundInput, Rows
+from vllm_dspark.verification.registry import Registry
+from vllm_dspark.verification.standing import Standing
+from vllm_dspark.verification.survival import Floats, Survival, leading, logit, usable
+
+logger = logging.getLogger("vllm.dspark")
+
+_ADAPTIVE, _FIXED, _OFF = range(3)
+_TRIAL = 32  # requests that draft together until so many have
+_MANY = 16  # requests from which their last survivals together stand for this round's
+_CHECK = 8  # rounds between two that only measure what not drafting takes
+_LINGER, _PATIENCE = 0.04, 32  # promised loss (log) at which drafting goes on for so many rounds, if earlier gains pay for it
+_NOBODY: Rows = np.zeros(0, dtype=np.int64)
+
+
+class Policy:
+    """Decides for one engine; see the module's docstring for the order of calls."""
+
+    def __init__(
+        self,
+        width: int,
+        cost: CostModel | None,
+        options: PolicyOptions | None = None,
+        temperatures: Floats | float = 1.0,
+    ) -> None:
+        """Begin without a history.
+
+        Args:
+            width: γ. cost: None leaves an adaptive policy with nothing to compare, so it becomes ``options.fallback``.
+            temperatures: of the confidences, from a file or the checkpoint's config, until live ones replace them.
+        """
+        self.width, self.cost = width, cost
+        self.options = options or PolicyOptions()
+        self.sts = OnlineSTS(width, temperatures)
+        self.history = History(width)
+        self.probing = Probing()
+        self.ledger = Ledger(loss_share=0.8 * self.options.loss_share, probe_share=0.8 * self.options.probe_share)
+        self.counters: Counter[str] = Counter()
+        self.failure: str | None = None
+        self.round = 0
+        self.requests = Registry()
+        self._standing = Standing()
+        self._plan: Plan | None = None
+        self._choice: Choice | None = None
+        self._price = 0.3
+        self._checked = -_CHECK
+        self._explored = self._floor_age = 0
+        self._floor, self._yield = NO_FLOOR, Yield()
+        self._paid = -_PATIENCE  # the last round in which it did
+        if cost is None and self.options.policy == "adaptive":
+            self._fail("there is no cost table")
+
+    def add(self, request: str, max_draft_tokens: int | None = None, policy: Kind | None = None) -> None:
+        """Announce a request with its own limits; unannounced ones get the engine's. Announcing again changes the limits.
+
+        Raises:
+            ValueError: a negative limit or an unknown policy; nothing is changed.
+        """
+        slot = self.requests.add(request, max_draft_tokens, policy, self.round)
+        if slot is not None:
+            self.history.reset(slot, self.round)
+            self.probing.reset(slot, self.round)
+        if slot is None or max_draft_tokens is not None or policy is not None:
+            self._standing.drop()
+
+    def finish(self, requests: Iterable[str]) -> None:
+        """These requests are done; unknown ones are ignored. Without this, requests unseen for long make room by themselves."""
+        self._guarded(self._learn_yields)  # before their slots go to others
+        self.requests.finish(requests)
+
+    def begin_round(self, inputs: RoundInput) -> DraftDecision:
+        """Who drafts, decided from loads, contexts and past rounds alone. Never raises: trouble makes it the fallback."""
+        self.round += 1
+        plan = self._plan
+        affordable = plan is not None and (not plan.decision.drafting or self.ledger.may_speculate())
+        if plan is not None and affordable and self._standing.stands(inputs, self.round):
+            plan.again()
+        else:
+            plan = self._plan = self._decided(inputs)
+        self.counters[plan.decision.reason] += 1
+        return plan.decision
+
+    def _decided(self, inputs: RoundInput) -> Plan:
+        self._guarded(self._learn_yields)
+        plan = self._prepare(inputs)
+        try:
+            with np.errstate(all="ignore"):
+                self._decide(plan)
+        except Exception as error:
+            self._fail(f"{type(error).__name__}: {error}")
+            plan.kinds = np.where(plan.kinds == _ADAPTIVE, self._kind(None), plan.kinds)
+            self._draft(plan, (plan.kinds == _FIXED).nonzero()[0], _NOBODY, "policy failed")
+        idle = plan.decision.reason in ("does not pay", "guarded") and not plan.decision.drafting
+        wake = self.probing.wake(plan.slots, self.round, alone=idle)
+        anyone = idle and not self.requests.special and self.ledger.credit < self.probing.least
+        self._standing.decided(inputs, plan.decision, self.round, wake, anyone)
+        return plan
+
+    def _prepare(self, inputs: RoundInput) -> Plan:
+        self.requests.sweep(self.round)
+        for name in self.requests.unknown(inputs.requests):
+            self.add(name)
+        most = self.width if self.options.max_draft_tokens is None else min(self.width, self.options.max_draft_tokens)
+        slots, caps, own = self.requests.rows(inputs.requests, self.round, most)
+        kinds = np.full(slots.size, self._kind(None)) if own is None else np.array([self._kind(kind) for kind in own])
+        if inputs.limits is not None:
+            caps = np.maximum(np.minimum(inputs.limits, caps), 0)
+        contexts = np.asarray(inputs.contexts, dtype=np.float64)
+        tokens = slots.size + inputs.other_tokens
+        none = DraftDecision(_NOBODY, np.zeros(0, dtype=bool), "nobody can draft")
+        load = Load(slots.size, tokens, float(slots.size), 0.0, 0.0)
+        return Plan(inputs.requests[:], slots, kinds, caps, contexts, tokens, inputs.other_context, none, load)
+
+    def _kind(self, kind: Kind | None) -> int:
+        index = KINDS.index(kind or self.options.policy)
+        return KINDS.index(self.options.fallback) if index == _ADAPTIVE and self.failure else index
+
+    def _fixed(self, caps: Rows) -> Rows:
+        wanted = self.options.fixed_drafts
+        return caps if wanted is None else np.minimum(caps, wanted)
+
+    def _decide(self, plan: Plan) -> None:
+        forced = ((plan.kinds == _FIXED) & (self._fixed(plan.caps) > 0)).nonzero()[0]
+        rows = ((plan.kinds == _ADAPTIVE) & (plan.caps > 0)).nonzero()[0]
+        if self.cost is None or rows.size == 0:
+            self._draft(plan, forced, _NOBODY, "fixed" if forced.size else plan.decision.reason)
+            return
+        plan.load = choice.load_of(plan, forced, self._fixed(plan.caps[forced]), self.history.mean[plan.slots[forced]])
+        found, rows = self._compare(self.cost, plan, rows)
+        reason = self._judge(found)
+        if reason == "pays":
+            self._price, self._paid = found.threshold, self.round
+        most = found.count if self.history.drafted >= _TRIAL else min(found.count, _TRIAL)
+        on = rows[:most] if reason in ("pays", "may pay again") else _NOBODY
+        self.probing.decided(plan.slots[rows], plan.slots[on], self.round)
+        probes = _NOBODY if reason == "measuring no drafting" else self._probes(self.cost, plan, rows[on.size :], on.size)
+        if probes.size and not on.size:
+            reason = "probing"
+        self._draft(plan, np.sort(np.concatenate([forced, on, probes])), probes, reason)
+        self._look_ahead(self.cost, plan, np.sort(on))
+
+    def _compare(self, cost: CostModel, plan: Plan, rows: Rows) -> tuple[Choice, Rows]:
+        """The best subset of these rows, and the rows in the order in which they join it."""
+        number, gain = self.history.expected(plan.slots[rows], self.round, plan.caps[rows])
+        contexts = plan.contexts[rows]
+        if rows.size > 1:
+            dear = cost.table.draft_per_context * plan.tokens / max(self.ledger.typical_round, 1e-9)
+            best_first = choice.order(number, gain, contexts, self._price, min(dear, 1.0))
+            rows, number, gain, contexts = rows[best_first], number[best_first], gain[best_first], contexts[best_first]
+        found = choice.choose(cost, plan.load, number, gain, contexts, self.options.min_tokens_per_second_per_request)
+        if not (np.isfinite(found.off) and found.off > 0 and np.isfinite(found.best)):
+            raise ArithmeticError(f"throughput without drafting is {found.off}, with drafting {found.best} tokens/s")
+        self._choice, plan.off_seconds, plan.time_limit = found, found.off_seconds, found.time_limit
+        self.ledger.begin(found.off_seconds)
+        return found, rows
+
+    def _judge(self, found: Choice) -> str:
+        if found.count == 0 or found.gain <= found.margin(self.options.margin):
+            lately = self.round - self._paid <= _PATIENCE  # the next text may be easier, and looking again is dear
+            lingers = lately and found.gain > -_LINGER and self.ledger.balance > 0
+            return "may pay again" if lingers else "does not pay"
+        if not self.ledger.may_speculate():
+            return "guarded"
+        doubtful = found.gain < 2.0 * found.deviation and found.deviation > 0.03
+        if doubtful and self.round - self._checked >= min(_CHECK, 2 + self._explored):
+            self._checked = self.round
+            self._explored += 1
+            return "measuring no drafting"
+        return "pays"
+
+    def _probes(self, cost: CostModel, plan: Plan, idle: Rows, drafting: int) -> Rows:
+        already = plan.load.drafted + drafting
+        if idle.size == 0 or not self.probing.due_now(plan.slots[idle], self.round, already == 0).any():
+            return _NOBODY
+        seconds = price(cost, plan.load, already, float(plan.contexts[idle].mean()))
+        probes, plan.probe_seconds = self.probing.select(idle, plan.slots[idle], self.round, seconds, self.ledger, already == 0)
+        self.ledger.probed(plan.probe_seconds)
+        return probes
+
+    def _draft(self, plan: Plan, rows: Rows, probes: Rows, reason: str) -> None:
+        """Settle the decision."""
+        probing = np.zeros(plan.slots.size, dtype=bool)
+        probing[probes] = True
+        plan.decision = DraftDecision(rows, probing[rows], reason)
+        plan.adaptive = plan.kinds[rows] == _ADAPTIVE
+        if rows.size and self.cost is not None:
+            plan.draft_seconds = float(self.cost.drafting(rows.size, float(plan.contexts[rows].sum())))
+
+    def _look_ahead(self, cost: CostModel, plan: Plan, rows: Rows) -> None:
+        """Carry the walk across cliffs: the best budget over *past* survivals, and for few requests the survival it ends at."""
+        plan.floor = self._floor if rows.size else NO_FLOOR
+        self._floor_age += 1
+        if rows.size == 0 or (rows.size * self.width > 512 and self._floor_age < 8):
+            return
+        self._floor_age = 0
+        slots, caps, exact = plan.slots[rows], plan.caps[rows], bool(rows.size >= _MANY)
+        stale = (self.history.recent if exact else self.history.mean)[slots].astype(np.float32)
+        self._floor = plan.floor = scheduler.carry(stale, plan.curve(cost), plan.load.sure_yield, caps, exact)
+
+    def budget(self, stale: Floats | None = None) -> int:
+        """Asynchronous form: drafts to verify this round, from survivals two rounds old or older.
+
+        Args:
+            stale: raw confidences ``(n, γ)`` of the decision's rows from an earlier round; None: what was last handed in.
+        """
+        plan = self._plan
+        if plan is None:
+            raise RuntimeError("begin_round comes first")
+        rows = plan.decision.rows[plan.adaptive]
+        if self.cost is None or rows.size == 0:
+            return 0
+        slots = plan.slots[rows]
+        survival = self.history.recent[slots].astype(np.float32)
+        if stale is not None:
+            logits = logit(np.asarray(stale)[plan.adaptive]) / self.sts.temperatures
+            survival = history.survivals(self.history.conditional(slots, logits))
+        found, _ = scheduler.search(survival, plan.curve(self.cost), plan.load.sure_yield, plan.caps[rows])
+        return found.drafts
+
+    def lengths(self, confidences: NDArray[np.floating] | None, budget: int | None = None) -> Rows:
+        """Drafts to verify of each row of the decision, ``(n,)``, in its order.
+
+        Args:
+            confidences: raw, of this round, ``(n, γ)``; None: the drafter has no confidence head. Whatever comes at or after
+                one that is not within [0, 1] is not verified.
+            budget: asynchronous form (:meth:`budget`, chosen before this round).
+        """
+        plan = self._plan
+        if plan is None:
+            raise RuntimeError("begin_round comes first")
+        raw = None if confidences is None else np.asarray(confidences, dtype=np.float64)
+        try:
+            return self._lengths(plan, raw, budget)
+        except Exception as error:
+            self._fail(f"{type(error).__name__}: {error}")
+            rows = plan.decision.rows
+            plan.lengths = None
+            fixed = self._fixed(plan.caps[rows]) if raw is None else np.minimum(self._fixed(plan.caps[rows]), leading(raw))
+            return fixed if self.options.fallback == "fixed" else np.where(plan.kinds[rows] == _FIXED, fixed, 0)
+
+    def _lengths(self, plan: Plan, raw: Floats | None, budget: int | None) -> Rows:
+        rows = plan.decision.rows
+        slots, caps = plan.slots[rows], plan.caps[rows]
+        if raw is None:
+            plan.good, logits = np.ones(rows.size, dtype=bool), self.history.guess(rows.size)
+        else:
+            plan.good = usable(raw)
+            if not plan.good.all():
+                caps = np.minimum(caps, leading(raw))
+                self.counters["rows with unusable confidences"] += int(np.count_nonzero(~plan.good))
+            logits = logit(np.where(plan.good[:, None], raw, 0.5)) / self.sts.temperatures
+        plan.raw, plan.conditional = raw, self.history.conditional(slots, logits)
+        survival = history.survivals(plan.conditional)
+        plan.lengths = lengths = self._allot(plan, survival, caps, budget)
+        plan.expected = (survival * (np.arange(self.width) < (lengths * plan.adaptive)[:, None])).sum(axis=1, dtype=np.float64)
+        plan.survivals.append(survival)
+        if not plan.good.all():
+            self._learn_yields()
+        return lengths
+
+    def _learn_yields(self) -> None:
+        """Let the history learn from the rounds that the last decision stood for; nothing is decided before it has."""
+        plan = self._plan
+        if plan is None or not plan.survivals:
+            return
+        slots, survival = plan.slots[plan.decision.rows], np.array(plan.survivals, dtype=np.float64)
+        last = self.round if plan.lengths is not None else self.round - 1
+        good = plan.good
+        self.history.drew(slots[good], survival[:, good], last, settled=plan.raw is None)
+        plan.survivals.clear()
+
+    def _allot(self, plan: Plan, survival: Survival, caps: Rows, budget: int | None) -> Rows:
+        lengths = np.where(plan.adaptive, 0, self._fixed(caps))
+        adaptive = plan.adaptive.nonzero()[0]
+        if adaptive.size == 0 or self.cost is None:
+            return lengths
+        caps, survival, seconds = caps[adaptive], survival[adaptive], plan.curve(self.cost)
+        if budget is not None:
+            chosen = scheduler.asynchronous(survival, budget, caps)
+        else:
+            chosen = scheduler.synchronous(survival, seconds, plan.load.sure_yield, caps, *plan.floor)
+        if plan.probe_seconds and budget is None:
+            least = np.where(plan.decision.probes[adaptive], np.minimum(caps, PROBE_DRAFTS), 0)
+            judged = np.maximum(chosen, least)
+            extra = seconds[int(judged.sum())] - seconds[int(chosen.sum())]
+            chosen = judged if extra <= plan.probe_seconds else chosen
+        lengths[adaptive] = chosen
+        plan.seconds = float(seconds[int(chosen.sum())])
+        return lengths
+
+    def observe(self, outcomes: Outcomes) -> None:
+        """Learn from the judged drafts of the last round; requests that did not draft in it, or came before, are ignored."""
+        if self._plan is not None and self._plan.lengths is not None:
+            self._guarded(self._observe, self._plan, outcomes)
+
+    def observe_step(self, timing: StepTiming) -> None:
+        """Learn from the time of the step that verified the last round's drafts (rank 0's, on every rank)."""
+        if self._plan is not None and self.cost is not None and not self.failure:
+            self._guarded(self._observe_step, self._plan, self.cost, timing)
+
+    def _observe(self, plan: Plan, outcomes: Outcomes) -> None:
+        places = plan.places(outcomes.requests)
+        known = places >= 0
+        places = places[known]
+        verified = np.minimum(np.asarray(outcomes.verified)[known], self.width).astype(np.int64)
+        accepted = np.minimum(np.asarray(outcomes.accepted)[known].astype(np.int64), verified)
+        plan.accepted = (plan.accepted or 0.0) + float(accepted[plan.adaptive[places]].sum())
+        keep = plan.good[places] & (verified > 0)
+        if not keep.all():
+            places, verified, accepted = places[keep], verified[keep], accepted[keep]
+        if places.size == 0:
+            return
+        conditional = plan.conditional[places]
+        self._yield.learn(float(plan.expected[places].sum()), float(accepted[plan.adaptive[places]].sum()))
+        self.history.judged(plan.slots[plan.decision.rows[places]], conditional, verified, accepted)
+        if plan.raw is not None:
+            self.sts.observe(plan.raw[places], verified, accepted)
+            self.sts.tick()
+
+    def _observe_step(self, plan: Plan, cost: CostModel, timing: StepTiming) -> None:
+        if cost.wants(timing) and not cost.observe(timing):
+            self.counters["steps ignored as outliers"] += 1
+        if not plan.off_seconds:
+            return
+        if plan.lengths is None or not plan.adaptive.any():
+            self.ledger.spent(plan.off_seconds, plan.off_seconds)
+            return
+        spent, measured = plan.seconds, timing.target_seconds + timing.draft_seconds
+        if timing.tokens == plan.tokens + int(plan.lengths.sum()):  # as planned: the clock knows better, but for stalls
+            spent = min(max(measured, 0.5 * spent), 2.0 * spent)
+        gained = self._yield.gained(float(plan.expected.sum()), plan.accepted)
+        self.ledger.spent(spent, plan.off_seconds)
+        self.ledger.saved(plan.off_seconds * (1.0 + gained / max(plan.load.sure_yield, 1.0)) - spent)
+
+    def _guarded(self, learn: Callable[..., None], *arguments: Any) -> None:
+        try:
+            learn(*arguments)
+        except Exception as error:  # learning must never stop the engine
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def _fail(self, reason: str) -> None:
+        if self.failure is None:
+            logger.warning("the adaptive policy cannot decide (%s); it is %s from now on", reason, self.options.fallback)
+        self.failure = reason
+        self.counters["failures"] += 1
+
+    def explain(self) -> dict[str, Any]:
+        """The numbers of the last decision, JSON-ready."""
+        decision = None if self._plan is None else self._plan.decision
+        numbers: dict[str, Any] = {
+            "round": self.round,
+            "reason": decision.reason if decision else "no round yet",
+            "failure": self.failure,
+            "rows": int(decision.rows.size) if decision else 0,
+            "probes": int(decision.probes.sum()) if decision else 0,
+            "temperatures": self.sts.temperatures.tolist(),
+            "counters": dict(self.counters),
+        }
+        numbers |= self.ledger.explain()
+        if self._choice is not None:
+            numbers |= self._choice.explain() | {"margin": self._choice.margin(self.options.margin)}
+        if self.cost is not None:
+            numbers |= {"target_error": self.cost.target.error(), "draft_error": self.cost.draft.error()}
+        return numbers
+
+    def state(self) -> dict[str, Any]:
+        """What is worth keeping over a restart (fleet, temperatures, cost corrections), JSON-ready."""
+        return saved.collect(self.history, self.sts, self.cost)
+
+    def load_state(self, state: Mapping[str, Any]) -> bool:
+        """Continue from a saved state; False, with one warning and nothing changed, if it does not fit."""
+        sts = saved.restore(state, self.history, self.cost)
+        if sts is not None:
+            self.sts = sts
+        return sts is not None

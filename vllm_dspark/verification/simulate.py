@@ -1,0 +1,292 @@
+"""Replay a workload through the policy: no model, no engine, the policy's own code.
+
+Per round the true costs and acceptances also tell what not drafting, every fixed k and an oracle would have made of the very
+same round, so regret is measured on equal terms and without the noise of sampled outcomes.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_dspark.verification import scheduler
+from vllm_dspark.verification.cost import CostModel, CostTable, StepTiming
+from vllm_dspark.verification.policy import Policy
+from vllm_dspark.verification.records import DraftDecision, Outcomes, PolicyOptions, RoundInput
+from vllm_dspark.verification.survival import Floats
+from vllm_dspark.verification.traces import Drafter, Trace
+
+
+@dataclass(frozen=True)
+class World:
+    """What the policy does not know: the true costs, and how noisily they show.
+
+    Attributes:
+        table: true costs. noise: standard deviation of the log of a measured time. stalls: probability of a step measured 20
+            times as long as it was worth.
+    """
+
+    table: CostTable
+    noise: float = 0.03
+    stalls: float = 0.0
+
+
+@dataclass
+class Tally:
+    """Expected tokens and seconds of one arm."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, tokens: float, seconds: float) -> None:
+        """One round."""
+        self.tokens += tokens
+        self.seconds += seconds
+
+    @property
+    def throughput(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class Result:
+    """What a run brought.
+
+    Attributes:
+        policy: expected tokens over true time. arms: the same rounds under "off", "fixed 1" … "fixed γ", and "oracle".
+        emitted: tokens really produced. rounds, drafted, verified, accepted: counts. probing: seconds that probes added.
+        lengths: how often a drafting request had 0…γ drafts verified. speeds: tokens per second of every finished request.
+        reasons: rounds by the policy's reason. explained: the last decision's numbers.
+    """
+
+    policy: Tally
+    arms: dict[str, Tally]
+    emitted: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    verified: int = 0
+    accepted: int = 0
+    probing: float = 0.0
+    lengths: list[int] = field(default_factory=list)
+    speeds: list[float] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
+    explained: dict[str, Any] = field(default_factory=dict)
+
+    def regret(self, arm: str) -> float:
+        """Share of the arm's throughput that the policy missed on the same rounds; negative where the policy did better."""
+        return 1.0 - self.policy.throughput / self.arms[arm].throughput
+
+    @property
+    def best_fixed(self) -> str:
+        """The fixed k with the largest throughput on these rounds; empty if no other arm was priced."""
+        fixed = [name for name in self.arms if name.startswith("fixed")]
+        return max(fixed, key=lambda name: self.arms[name].throughput, default="")
+
+    def summary(self) -> dict[str, Any]:
+        """Figures, JSON-ready; speeds in tokens per second."""
+        seconds = self.policy.seconds
+        return {
+            "tokens": self.emitted, "seconds": seconds, "rounds": self.rounds,
+            "throughput": self.emitted / seconds if seconds else 0.0,
+            "speed_per_user": float(np.mean(self.speeds)) if self.speeds else 0.0,
+            "drafted": self.drafted, "verified": self.verified, "accepted": self.accepted, "lengths": self.lengths,
+            "probing_share": self.probing / seconds if seconds else 0.0,
+            "regret": {name: self.regret(name) for name in self.arms}, "best_fixed": self.best_fixed,
+            "reasons": self.reasons,
+        }  # fmt: skip
+
+
+class _Active:
+    """Requests being served, as arrays."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.index = {name: place for place, name in enumerate(trace.domains)}
+        self.names: list[str] = []
+        self.numbers = np.zeros(0, dtype=np.int64)
+        self.produced = np.zeros(0, dtype=np.int64)
+        self.contexts = np.zeros(0, dtype=np.int64)
+        self.wanted = np.zeros(0, dtype=np.int64)
+        self.started = np.zeros(0)
+
+    def join(self, number: int, name: str, now: float) -> None:
+        request = self.trace.requests[number % len(self.trace.requests)]
+        self.names.append(name)
+        self.numbers = np.append(self.numbers, number % len(self.trace.requests))
+        self.produced = np.append(self.produced, 0)
+        self.contexts = np.append(self.contexts, request.context)
+        self.wanted = np.append(self.wanted, request.tokens)
+        self.started = np.append(self.started, now)
+
+    def leave(self, done: NDArray[np.bool_]) -> list[str]:
+        gone = [name for name, out in zip(self.names, done, strict=True) if out]
+        self.names = [name for name, out in zip(self.names, done, strict=True) if not out]
+        for array in ("numbers", "produced", "contexts", "wanted", "started"):
+            setattr(self, array, getattr(self, array)[~done])
+        return gone
+
+    def domains(self, rounds: int, drafted: bool) -> NDArray[np.int64]:
+        """Domain of each request in this round, ``(R,)``."""
+        trace = self.trace
+        if trace.adversary:
+            return np.full(len(self.names), self.index[trace.adversary[0 if drafted else 1]])
+        found = np.empty(len(self.names), dtype=np.int64)
+        for row, (number, produced) in enumerate(zip(self.numbers.tolist(), self.produced.tolist(), strict=True)):
+            segments = trace.requests[number].segments
+            found[row] = self.index[[name for first, name in segments if first <= produced][-1]]
+        if trace.period:
+            found = (found + rounds // trace.period) % len(self.index)
+        return found
+
+
+def simulate(
+    trace: Trace,
+    world: World,
+    options: PolicyOptions | None = None,
+    concurrency: int = 32,
+    rounds: int | None = None,
+    believed: CostTable | None = None,
+    seed: int = 0,
+    counterfactual: bool = True,
+) -> Result:
+    """Serve the trace with at most ``concurrency`` requests at a time.
+
+    Args:
+        rounds: stop after so many; requests are then repeated for as long as it takes. None: until all are served.
+        believed: the cost table the policy starts from; None: the true one. counterfactual: also price the other arms.
+    """
+    limit = concurrency * (trace.width + 1)
+    policy = Policy(trace.width, CostModel(believed or world.table, limit, concurrency), options)
+    return _Run(trace, world, policy, concurrency, rounds, seed, counterfactual).run()
+
+
+class _Run:
+    def __init__(
+        self, trace: Trace, world: World, policy: Policy, concurrency: int, rounds: int | None, seed: int, counterfactual: bool
+    ) -> None:
+        self.trace, self.world, self.policy = trace, world, policy
+        self.concurrency, self.rounds, self.counterfactual = concurrency, rounds, counterfactual
+        self.truth = CostModel(world.table, concurrency * (trace.width + 1), concurrency)
+        self.drafter = Drafter(trace, seed)
+        self.rng = np.random.default_rng(seed + 1)
+        self.active = _Active(trace)
+        self.waiting = deque(range(len(trace.requests)))
+        self.joined = 0
+        self.now = 0.0
+        self.drafting = False
+        arms = ["off", *(f"fixed {k}" for k in range(1, trace.width + 1)), "oracle"] if counterfactual else []
+        self.result = Result(Tally(), {name: Tally() for name in arms}, lengths=[0] * (trace.width + 1))
+
+    def run(self) -> Result:
+        result = self.result
+        while self.rounds is None or result.rounds < self.rounds:
+            self._admit()
+            if not self.active.names:
+                if not self.waiting:
+                    break
+                self.now = self.trace.requests[self.waiting[0]].arrival
+                continue
+            self._round()
+        result.probing = self.policy.ledger.probing
+        result.reasons = dict(self.policy.counters)
+        result.explained = self.policy.explain()
+        return result
+
+    def _admit(self) -> None:
+        while len(self.active.names) < self.concurrency and (self.waiting or self.rounds is not None):
+            if not self.waiting:
+                self.waiting.extend(range(len(self.trace.requests)))
+            if self.rounds is None and self.trace.requests[self.waiting[0]].arrival > self.now:
+                break
+            self.active.join(self.waiting.popleft(), f"r{self.joined}", self.now)
+            self.joined += 1
+
+    def _round(self) -> None:
+        active, result = self.active, self.result
+        domains = active.domains(result.rounds, self.drafting)
+        decision = self.policy.begin_round(RoundInput(active.names, active.contexts))
+        self.drafting = decision.drafting
+        acceptance, confidences, would = self.drafter.draft(domains)
+        survival: Floats = np.cumprod(acceptance, axis=1, dtype=np.float64)
+        lengths = np.zeros(len(active.names), dtype=np.int64)
+        if decision.drafting:
+            lengths[decision.rows] = self.policy.lengths(confidences[decision.rows])
+            for length, count in zip(*np.unique(lengths[decision.rows], return_counts=True), strict=True):
+                result.lengths[int(length)] += int(count)
+        accepted = np.minimum(would, lengths)
+        timing = self._time(lengths, decision)
+        taken = survival[np.arange(self.trace.width) < lengths[:, None]]
+        seconds = timing.target_seconds + timing.draft_seconds
+        result.policy.add(lengths.size + float(taken.sum()), seconds)
+        if self.counterfactual:
+            self._other_arms(survival)
+        self._learn(decision, lengths, accepted, timing)
+        self.now += seconds
+        result.rounds += 1
+        result.emitted += int(accepted.sum()) + lengths.size
+        result.drafted += decision.rows.size
+        result.verified += int(lengths.sum())
+        result.accepted += int(accepted.sum())
+        self._advance(accepted)
+
+    def _time(self, lengths: NDArray[np.int64], decision: DraftDecision) -> StepTiming:
+        """The true times of a round."""
+        contexts = self.active.contexts
+        rows = decision.rows
+        shape = StepTiming(
+            int(lengths.size + lengths.sum()), lengths.size, float(contexts.sum()), 1.0,
+            float((contexts * (1 + lengths)).sum()), int(rows.size), float(contexts[rows].sum()),
+        )  # fmt: skip
+        target, draft = self.truth.step(shape)
+        return StepTiming(
+            shape.tokens, shape.requests, shape.context, target, shape.token_context, shape.drafted, shape.draft_context, draft
+        )
+
+    def _learn(
+        self, decision: DraftDecision, lengths: NDArray[np.int64], accepted: NDArray[np.int64], timing: StepTiming
+    ) -> None:
+        rows = decision.rows
+        self.policy.observe(Outcomes([self.active.names[row] for row in rows], lengths[rows], accepted[rows]))
+        target, draft = np.exp(self.world.noise * self.rng.standard_normal(2))
+        if self.rng.random() < self.world.stalls:
+            target *= 20.0
+        measured = StepTiming(
+            timing.tokens, timing.requests, timing.context, timing.target_seconds * float(target), timing.token_context,
+            timing.drafted, timing.draft_context, timing.draft_seconds * float(draft),
+        )  # fmt: skip
+        self.policy.observe_step(measured)
+
+    def _other_arms(self, survival: Floats) -> None:
+        """Price the same round as every other arm would have run it."""
+        requests, width = survival.shape
+        contexts = self.active.contexts
+        total = float(contexts.sum())
+        k = np.arange(width + 1)
+        tokens = requests * (1.0 + k)
+        seconds = self.truth.at(tokens, requests, total, (1.0 + k) * total)
+        draft = float(self.truth.drafting(requests, total))
+        seconds = seconds + np.where(k > 0, draft, self.truth.upkeep(requests))
+        yields = requests + np.concatenate([[0.0], np.cumsum(survival.sum(axis=0))])
+        arms = self.result.arms
+        arms["off"].add(requests, float(seconds[0]))
+        for length in k[1:].tolist():
+            arms[f"fixed {length}"].add(float(yields[length]), float(seconds[length]))
+        curve = self.truth.curve(requests, requests * width, requests, total) + draft
+        budget, ranked = scheduler.search(survival.astype(np.float32), curve, requests)
+        if budget.throughput > requests / seconds[0]:
+            arms["oracle"].add(requests + float(ranked[: budget.drafts].sum()), float(curve[budget.drafts]))
+        else:
+            arms["oracle"].add(requests, float(seconds[0]))
+
+    def _advance(self, accepted: NDArray[np.int64]) -> None:
+        active = self.active
+        active.produced = active.produced + accepted + 1
+        active.contexts = active.contexts + accepted + 1
+        done = active.produced >= active.wanted
+        if done.any():
+            spent = self.now - active.started[done]
+            self.result.speeds.extend((active.produced[done] / np.maximum(spent, 1e-12)).tolist())
+            self.policy.finish(active.leave(done))

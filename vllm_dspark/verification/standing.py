@@ -1,0 +1,58 @@
+"""Decisions that stand: while the same one keeps coming out, most rounds need no new one and cost next to nothing."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vllm_dspark.verification.records import DraftDecision, RoundInput, Rows
+
+_IDLE, _DRAFTING = 8, 6  # rounds for which a decision not to draft, and one to draft, stands at most
+_CROWD = 0.25  # change of the number of requests, as a share, that ends a decision not to draft
+_ONCE = ("measuring no drafting", "probing")
+
+
+class Standing:
+    """Counts how often the same decision was made; the more often, the longer it stands. Counts rounds, never time."""
+
+    def __init__(self) -> None:
+        self._requests: Sequence[str] = ()
+        self._limits: Rows | None = None
+        self._other_tokens = 0
+        self._rows: Rows = np.zeros(0, dtype=np.int64)
+        self._agreed = self._until = 0
+        self._anyone = False
+
+    def drop(self) -> None:
+        """Decide anew in the next round."""
+        self._until = 0
+
+    def decided(self, inputs: RoundInput, decision: DraftDecision, now: int, wake: int, anyone: bool) -> None:
+        """A decision was made in round ``now``.
+
+        Args:
+            wake: round in which something is due whatever happens. anyone: it is not to draft, for whatever requests.
+        """
+        self._until = now
+        if decision.reason in _ONCE or decision.probes.any():
+            return
+        same = self._rows.size == decision.rows.size and bool((self._rows == decision.rows).all())
+        self._agreed = self._agreed + 1 if same else 0
+        self._rows = decision.rows
+        span = min(self._agreed, _DRAFTING) if decision.drafting else min(2 * self._agreed, _IDLE)
+        self._until = min(now + span, wake - 1)
+        if span:
+            self._requests = inputs.requests[:]  # the caller may go on with the same list
+            self._limits = None if inputs.limits is None else np.array(inputs.limits)
+            self._other_tokens, self._anyone = inputs.other_tokens, anyone
+
+    def stands(self, inputs: RoundInput, now: int) -> bool:
+        """Whether the last decision answers this round as well."""
+        if now > self._until:
+            return False
+        if self._anyone:
+            return abs(len(inputs.requests) - len(self._requests)) <= _CROWD * len(self._requests)
+        if inputs.other_tokens != self._other_tokens or inputs.requests != self._requests:
+            return False
+        if inputs.limits is None or self._limits is None:
+            return inputs.limits is self._limits
+        return bool((inputs.limits == self._limits).all())
