@@ -1,21 +1,23 @@
-"""Domain x concurrency x arm on the bundled pair: does speculating pay, where, and by how much?
+"""Domain x concurrency x arm on the bundled pair: is the policy ever slower than not speculating, or than the best fixed k?
 
-    python benchmarks/cpu_matrix.py                              # every cell, about half an hour on two cores
+    python benchmarks/cpu_matrix.py                              # every cell, about 40 minutes on two cores
     python benchmarks/cpu_matrix.py --domain records --concurrency 8 --repeats 5
 
-Every arm is an engine of its own; all are up at once and take turns, so that a ratio compares runs that stood next to
-each other. Figures are medians over the repeats; a spread is the range from the lowest to the highest ratio.
+One engine serves all arms side by side, told apart by each request's own options; a second engine, without the plugin, is the
+anchor. Arms take turns in an order that rotates, so that a ratio compares runs that stood next to each other. Figures are
+medians over the repeats of ratios within a repeat; spreads are quartiles.
 """
 
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import statistics
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -26,17 +28,34 @@ from rich.table import Table
 from vllm_dspark import demo
 from vllm_dspark.engine.session import EngineProcess, Run
 
-ARMS = {"off": 0, "k=1": 1, "k=3": 3, "k=7": 7}
+ANCHOR, OFF, ADAPTIVE = "no plugin", "off", "adaptive"
+MIXED = "mixed"
 RESULTS = Path(__file__).parent / "results"
 
 
-def engine(head: str, k: int, compiled: bool) -> EngineProcess:
-    options = {"model": str(demo.TARGET), "max_model_len": 1024, "enforce_eager": not compiled, "max_num_seqs": 64}
-    if k:
-        options["speculative_config"] = {
-            "method": "dspark", "model": str(demo.drafter(head)), "num_speculative_tokens": k
-        }  # fmt: skip
-    return EngineProcess(**options)
+def engine(head: str | None, compiled: bool) -> EngineProcess:
+    """An engine with this drafter; without any, and without the plugin, if None."""
+    options: dict[str, Any] = {
+        "model": str(demo.TARGET), "max_model_len": 1024, "enforce_eager": not compiled, "max_num_seqs": 64,
+    }  # fmt: skip
+    if head is None:
+        return EngineProcess(environment={"VLLM_DSPARK": "0"}, **options)
+    speculative = {"method": "dspark", "model": str(demo.drafter(head)), "num_speculative_tokens": 7}
+    return EngineProcess(**options, speculative_config=speculative)
+
+
+def fixed(k: int) -> str:
+    return f"k={k}"
+
+
+def arms(drafts: list[int]) -> dict[str, dict[str, Any] | None]:
+    """The extra arguments of each arm's requests; None for the anchor."""
+    return {
+        ANCHOR: None,
+        OFF: {"dspark_policy": "off"},
+        **{fixed(k): {"dspark_policy": "fixed", "dspark_max_draft_tokens": k} for k in drafts},
+        ADAPTIVE: {},
+    }
 
 
 def machine() -> dict[str, str | int]:
@@ -52,67 +71,102 @@ def machine() -> dict[str, str | int]:
     return {"cpu": model, "cores": os.cpu_count() or 0, "torch_threads": torch.get_num_threads(), **versions}
 
 
-def cell(arms: dict[str, EngineProcess], prompts: list[str], concurrency: int, tokens: int, repeats: int) -> list[dict]:
-    """Measure one domain at one concurrency: every arm once per repeat, in an order that rotates."""
-    runs: dict[str, list[Run]] = {name: [] for name in arms}
-    names = list(arms)
+def prompts(domain: str, count: int) -> list[str]:
+    """Held-out prompts of a domain, or of all of them by turns; they repeat if more are asked for than there are."""
+    one = (
+        demo.prompts(domain) if domain != MIXED else list(itertools.chain(*zip(*map(demo.prompts, demo.DOMAINS), strict=True)))
+    )
+    return list(itertools.islice(itertools.cycle(one), count))
+
+
+def cell(
+    anchor: EngineProcess, dspark: EngineProcess, drafts: list[int], texts: list[str], load: int, tokens: int, repeats: int
+) -> dict[str, list[Run]]:
+    """Every arm once per repeat, in an order that rotates."""
+    runs: dict[str, list[Run]] = {name: [] for name in arms(drafts)}
+    names = list(runs)
     for repeat in range(repeats):
         shift = repeat % len(names)
         for name in names[shift:] + names[:shift]:
-            runs[name].append(arms[name].generate(prompts, max_tokens=tokens, concurrency=concurrency))
-    rows = []
-    for name, done in runs.items():
-        ratios = [a.tokens_per_second / b.tokens_per_second for a, b in zip(done, runs["off"], strict=True)]
-        rows.append(
-            {
-                "arm": name,
-                "tokens_per_second": statistics.median(run.tokens_per_second for run in done),
-                "ratio": statistics.median(ratios),
-                "ratio_low": min(ratios),
-                "ratio_high": max(ratios),
-                "accepted_length": statistics.median(run.accepted_length for run in done),
-            }
-        )
-    return rows
+            own = arms(drafts)[name]
+            where = anchor if own is None else dspark
+            runs[name].append(where.generate(texts, max_tokens=tokens, concurrency=load, extra_args=own or None))
+    return runs
 
 
-def show(results: list[dict], console: Console) -> None:
-    table = Table(title="Throughput relative to no speculation (median of paired ratios)")
-    for name in ("domain", "c", "off tok/s", *list(ARMS)[1:], "accepted length at k=7"):
+def figures(runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
+    """Per arm: throughput, and its ratio to the anchor and to the fixed k with the best median."""
+    speed = {name: [run.tokens_per_second for run in done] for name, done in runs.items()}
+    uniform = [name for name in runs if name.startswith("k=")]
+    best = max(uniform, key=lambda name: statistics.median(_ratios(speed[name], speed[ANCHOR])))
+    return [
+        {
+            "arm": name,
+            "tokens_per_second": statistics.median(speed[name]),
+            "to_anchor": _spread(_ratios(speed[name], speed[ANCHOR])),
+            "to_best_fixed": _spread(_ratios(speed[name], speed[best])),
+            "best_fixed": best,
+            "accepted_length": statistics.median(run.accepted_length for run in done),
+            "drafted_per_token": statistics.median(run.drafted / run.tokens for run in done),
+        }
+        for name, done in runs.items()
+    ]
+
+
+def _ratios(one: list[float], other: list[float]) -> list[float]:
+    return [a / b for a, b in zip(one, other, strict=True)]
+
+
+def _spread(ratios: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {"median": middle, "lower_quartile": low, "upper_quartile": high}
+
+
+def show(results: list[dict[str, Any]], console: Console) -> None:
+    names = [row["arm"] for row in results[0]["arms"] if row["arm"] != ANCHOR]
+    table = Table(title="Throughput relative to vLLM without the plugin (median of paired ratios, quartiles for adaptive)")
+    for name in ("domain", "c", "tok/s", *names, "adaptive / best fixed"):
         table.add_column(name, justify="left" if name == "domain" else "right")
     for entry in results:
         by = {row["arm"]: row for row in entry["arms"]}
-        cells = [f"{by[a]['ratio']:.2f} ({by[a]['ratio_low']:.2f}–{by[a]['ratio_high']:.2f})" for a in list(ARMS)[1:]]
-        length = f"{by['k=7']['accepted_length']:.2f}"
-        table.add_row(entry["domain"], str(entry["concurrency"]), f"{by['off']['tokens_per_second']:.0f}", *cells, length)
+        cells = [f"{by[name]['to_anchor']['median']:.2f}" for name in names]
+        cells[-1] += " ({lower_quartile:.2f}–{upper_quartile:.2f})".format(**by[ADAPTIVE]["to_anchor"])
+        versus = f"{by[ADAPTIVE]['to_best_fixed']['median']:.2f} ({by[ADAPTIVE]['best_fixed']})"
+        speed = f"{by[ANCHOR]['tokens_per_second']:.0f}"
+        table.add_row(entry["domain"], str(entry["concurrency"]), speed, *cells, versus)
     console.print(table)
+    gains = [by["to_anchor"]["median"] for entry in results for by in entry["arms"] if by["arm"] == ADAPTIVE]
+    console.print(f"adaptive over no plugin, geometric mean of {len(gains)} cells: {statistics.geometric_mean(gains):.2f}")
 
 
 def main(
     head: Annotated[str, typer.Option(help="correction head of the drafter")] = "vanilla",
-    domain: Annotated[list[str] | None, typer.Option(help="domain; repeat for several")] = None,
+    domain: Annotated[list[str] | None, typer.Option(help="domain, or 'mixed'; repeat for several")] = None,
     concurrency: Annotated[list[int] | None, typer.Option(help="requests in flight; repeat for several")] = None,
+    drafts: Annotated[list[int] | None, typer.Option(help="fixed k to compare with; repeat for several")] = None,
     tokens: Annotated[int, typer.Option(help="tokens generated for each request")] = 96,
-    repeats: Annotated[int, typer.Option(help="runs of every arm in every cell")] = 5,
+    repeats: Annotated[int, typer.Option(help="runs of every arm in every cell")] = 9,
     compiled: Annotated[bool, typer.Option(help="let vLLM compile the models, as it does by default")] = False,
     out: Annotated[Path, typer.Option(help="where the JSON goes")] = RESULTS / "cpu_matrix.json",
 ) -> None:
     """Run the matrix, print the table, write the JSON."""
     console = Console()
-    domains, loads = domain or list(demo.DOMAINS), concurrency or [1, 8, 32]
+    loads, lengths = concurrency or [1, 2, 8, 16, 32], drafts or [1, 3, 5, 7]
+    cells = [(name, load) for name in domain or demo.DOMAINS for load in loads]
+    if domain is None:
+        cells.append((MIXED, max(loads)))
     results = []
     with ExitStack() as stack, Progress(console=console) as progress:
-        task = progress.add_task("starting engines", total=len(domains) * len(loads))
-        arms = {name: stack.enter_context(engine(head, k, compiled)) for name, k in ARMS.items()}
-        for arm in arms.values():
-            arm.wait().generate(demo.prompts("code")[-8:], max_tokens=16)
-        for name in domains:
-            for load in loads:
-                progress.update(task, description=f"{name} c={load}")
-                count = {1: 3, 8: 16}.get(load, max(load, 8))
-                rows = cell(arms, demo.prompts(name)[:count], load, tokens, repeats)
-                results.append({"domain": name, "concurrency": load, "requests": count, "arms": rows})
-                progress.advance(task)
+        task = progress.add_task("starting engines", total=len(cells))
+        anchor, dspark = (stack.enter_context(engine(name, compiled)) for name in (None, head))
+        for each in (anchor, dspark):
+            each.wait().generate(demo.prompts("code")[-8:], max_tokens=16)
+        for name, load in cells:
+            progress.update(task, description=f"{name} c={load}")
+            count = max(2 * load, 3)
+            runs = cell(anchor, dspark, lengths, prompts(name, count), load, tokens, repeats)
+            results.append({"domain": name, "concurrency": load, "requests": count, "arms": figures(runs)})
+            progress.advance(task)
     show(results, console)
     record = {
         "date": datetime.date.today().isoformat(), "machine": machine(), "head": head, "compiled": compiled,

@@ -67,11 +67,11 @@ class ReferenceLoop:
         states = self.target(ids, output_hidden_states=True, use_cache=False).hidden_states
         aux = torch.cat([states[layer + 1] for layer in self.drafter.config.target_layer_ids], -1)
         produced = 1  # prefill yields the first token, the first anchor
-        while produced < tokens:
+        while (room := tokens - produced - 1) > 0:  # the last token needs no draft
             anchor = start + produced - 1
             drafts = self._block(ids[0, anchor], aux[:, :anchor], anchor)
             wanted = ids[0, anchor + 1 : anchor + 1 + self.slots]
-            agree = int((drafts == wanted).long().cumprod(0).sum())
+            agree = min(int((drafts == wanted).long().cumprod(0).sum()), room)
             total.rounds += 1
             for position in range(agree):
                 total.accepted_at[position] += 1

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from vllm_dspark.engine import pair, patches
-from vllm_dspark.options import KEY, DSparkOptions, merge
+from vllm_dspark.options import KEY, DSparkOptions, RequestOptions, merge
 
 SPEC = object()  # what the pair check returns; passed on, never looked into
 TARGET = SimpleNamespace(model="tiny/target")
@@ -21,7 +21,7 @@ TARGET = SimpleNamespace(model="tiny/target")
 
 def test_no_options_are_the_defaults():
     assert DSparkOptions.parse(None) == DSparkOptions.parse({}) == DSparkOptions()
-    assert DSparkOptions().policy == "fixed"
+    assert DSparkOptions().policy == "adaptive"
     assert DSparkOptions().sample_from_anchor is None
 
 
@@ -67,7 +67,15 @@ def test_all_faults_are_named_at_once():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("policy", "adaptive"), ("policy", 7), ("policy", None), ("sample_from_anchor", "perhaps"), ("sample_from_anchor", [1])],
+    [
+        ("policy", "sometimes"),
+        ("policy", 7),
+        ("policy", None),
+        ("sample_from_anchor", "perhaps"),
+        ("sample_from_anchor", [1]),
+        ("min_tokens_per_second_per_request", 0),
+        ("profile_seconds", -1),
+    ],
 )
 def test_a_wrong_value_is_refused_with_name_and_value(name, value):
     with pytest.raises(ValueError, match=f"dspark option '{name}': ") as refused:
@@ -81,6 +89,49 @@ def test_options_that_are_no_mapping_are_refused_with_what_was_found(values):
     with pytest.raises(ValueError, match="must be a mapping of names to values") as refused:
         DSparkOptions.parse(values)
     assert f"found {values!r}" in str(refused.value)
+
+
+# -- of one request --
+
+
+def test_a_request_sets_its_own_and_others_keys_are_left_alone():
+    given = {"dspark_max_draft_tokens": 3, "dspark_policy": "fixed", "kv_transfer_params": {"x": 1}}
+    assert RequestOptions.of(given) == RequestOptions(dspark_max_draft_tokens=3, dspark_policy="fixed")
+    assert RequestOptions.of(None) == RequestOptions.of({}) == RequestOptions.of({"x": 1}) == RequestOptions()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"dspark_max_draft_tokens": -1}, "found -1"),
+        ({"dspark_max_draft_tokens": "many"}, "found 'many'"),
+        ({"dspark_max_draft_tokens": 1.5}, r"found 1\.5"),
+        ({"dspark_policy": "sometimes"}, "found 'sometimes'"),
+        ({"dspark_max_drafts": 1}, "did you mean 'dspark_max_draft_tokens'"),
+    ],
+)
+def test_a_requests_bad_values_are_refused_by_name(given, says):
+    with pytest.raises(ValueError, match=says):
+        RequestOptions.of(given)
+
+
+@pytest.mark.parametrize(("method", "refused"), [("dspark", True), ("ngram", False), (None, False)])
+def test_requests_are_checked_only_where_a_drafter_listens(method, refused):
+    calls = []
+
+    def original(self, model_config, speculative_config):
+        calls.append(self)
+
+    verify = patches.verify_sampling_params(original)
+    parameters = SimpleNamespace(extra_args={"dspark_policy": "sometimes"})
+    config = None if method is None else SimpleNamespace(method=method)
+    if refused:
+        with pytest.raises(ValueError, match="found 'sometimes'"):
+            verify(parameters, None, config)
+        assert not calls
+    else:
+        verify(parameters, None, config)
+        assert calls == [parameters]
 
 
 # -- two places --

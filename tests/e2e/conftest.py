@@ -25,7 +25,8 @@ COMMON: dict[str, Any] = {
 
 
 def speculative(model: Path | str, k: int = 7, **more: Any) -> dict[str, Any]:
-    return {"method": "dspark", "model": str(model), "num_speculative_tokens": k, **more}
+    """Every draft is verified unless ``dspark=`` says otherwise, so that counts can be compared."""
+    return {"method": "dspark", "model": str(model), "num_speculative_tokens": k, "dspark": {"policy": "fixed"}, **more}
 
 
 @pytest.fixture(scope="session")

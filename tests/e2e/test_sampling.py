@@ -74,11 +74,12 @@ def statistic(tokens: list[list[int]], exact: torch.Tensor) -> float:
 
 
 def sample(pair: tuple[Path, Path], method: str, prepare: str | None = None) -> tuple[list[list[int]], float]:
-    """TRIALS samples of four tokens, and the share of first drafts accepted."""
+    """TRIALS samples of four tokens, and the share of first drafts accepted. Every draft is verified unless mutated."""
     target, drafter = pair
     options = {"model": str(target), "skip_tokenizer_init": True, "max_model_len": 64, "enforce_eager": True,
                "max_num_seqs": 256, "dtype": "float32"}  # fmt: skip
-    speculative = {"method": "dspark", "model": str(drafter), "num_speculative_tokens": 3, "draft_sample_method": method}
+    speculative = {"method": "dspark", "model": str(drafter), "num_speculative_tokens": 3, "draft_sample_method": method,
+                   "dspark": {"policy": "fixed"}}  # fmt: skip
     with EngineProcess(**options, prepare=prepare, speculative_config=speculative) as engine:
         run = engine.generate(
             [PROMPT] * TRIALS, max_tokens=4, concurrency=256, temperature=1.0, detokenize=False, logprobs=None
@@ -95,4 +96,26 @@ def test_sampled_output_has_the_targets_distribution(pair: tuple[Path, Path], ex
 
 def test_the_test_fails_when_q_is_off_by_one_position(pair: tuple[Path, Path], exact: torch.Tensor) -> None:
     tokens, _ = sample(pair, "probabilistic", prepare="mutations:shift_probabilities")
+    assert statistic(tokens, exact) > 2 * LIMIT
+
+
+def test_lengths_drawn_at_random_change_nothing(pair: tuple[Path, Path], exact: torch.Tensor) -> None:
+    """Who drafts and how much of it is verified differs from round to round and request to request."""
+    tokens, accepted = sample(pair, "probabilistic", prepare="mutations:erratic_policy")
+    assert 0.03 < accepted < 0.95
+    assert statistic(tokens, exact) < LIMIT
+
+
+def test_stopping_early_is_lossless(pair: tuple[Path, Path], exact: torch.Tensor) -> None:
+    """Where it differs from searching on in every second round, and the confidences tell what was drafted."""
+    tokens, accepted = sample(pair, "probabilistic", prepare="mutations:stop_early")
+    assert 0.03 < accepted < 0.95
+    assert statistic(tokens, exact) < LIMIT
+
+
+@pytest.mark.parametrize("mutation", ["search_past_the_stop", "decide_with_this_rounds_tokens"])
+def test_the_test_fails_when_lengths_depend_on_what_was_drafted(
+    pair: tuple[Path, Path], exact: torch.Tensor, mutation: str
+) -> None:
+    tokens, _ = sample(pair, "probabilistic", prepare=f"mutations:{mutation}")
     assert statistic(tokens, exact) > 2 * LIMIT

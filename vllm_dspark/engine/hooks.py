@@ -59,6 +59,8 @@ NO_OPTIONS = "the 'dspark' options and the checks before the weights load"
 CONFIG, ARGUMENTS = "vllm.config.vllm", "vllm.engine.arg_utils"
 DFLASH, PROPOSER = "vllm.v1.spec_decode.dflash", "vllm.v1.spec_decode.llm_base_proposer"
 MODELS = "vllm.model_executor.models"
+SAMPLING, SCHEDULED = "vllm.sampling_params", "vllm.v1.core.sched.output"
+NO_COSTS = "measured step times: the policy learns them while serving"
 
 
 def _v1(
@@ -227,6 +229,51 @@ HOOKS: tuple[Hook, ...] = (
         loses="the target's own distribution when sampling with speculation on a CPU",
         removal="when vLLM's CPU kernel writes floats", when=RUNNER,
         parameters=("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"), replace=patches.expand_batch_to_tokens,
+    ),
+    _v1(
+        "vllm.v1.worker.cpu_worker", "CPUWorker.compile_or_warm_up_model", "measure step times when all else is ready", "self",
+        mentions=("model_runner",), when="vllm.v1.worker.cpu_worker", replace=patches.compile_or_warm_up_model, loses=NO_COSTS,
+    ),
+    _v1(
+        "vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model", "the same on a GPU", "self",
+        mentions=("model_runner",), when="vllm.v1.worker.gpu_worker", replace=patches.compile_or_warm_up_model, loses=NO_COSTS,
+    ),
+    Hook(
+        SAMPLING, "SamplingParams.verify", purpose="refuse a request whose own dspark options are wrong",
+        loses="per-request control", removal="when vLLM lets plugins check extra_args", when=SAMPLING,
+        parameters=("self", "model_config", "speculative_config"), replace=patches.verify_sampling_params,
+    ),
+    Hook(
+        SAMPLING, "SamplingParams", purpose="a request's own options, and when it ends", loses="per-request control",
+        removal="with SamplingParams.verify",
+        parameters=("temperature", "max_tokens", "stop_token_ids", "ignore_eos", "extra_args"),
+    ),
+    _v1(
+        "vllm.v1.worker.gpu_input_batch", "CachedRequestState", "the requests in the batch: limits, context, tokens so far",
+        "sampling_params", "num_computed_tokens", "output_token_ids",
+    ),
+    _v1(
+        RUNNER, "GPUModelRunner.execute_model", "one step, made up to be timed", "scheduler_output", loses=NO_COSTS,
+        mentions=("execute_model_state",),
+    ),
+    _v1(
+        RUNNER, "GPUModelRunner._prepare_inputs", "send steps without drafts past the rejection sampler", "scheduler_output",
+        mentions=("speculative_config", "scheduled_spec_decode_tokens"), loses="the speed of steps that verify nothing",
+    ),
+    _v1(RUNNER, "GPUModelRunner.sample_tokens", "its second half", "grammar_output", loses=NO_COSTS),
+    _v1(RUNNER, "GPUModelRunner.take_draft_token_ids", "its drafts, as the scheduler takes them", "self", loses=NO_COSTS),
+    _v1(
+        SCHEDULED, "SchedulerOutput", "a made-up step", "scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens",
+        "total_num_scheduled_tokens", "scheduled_spec_decode_tokens", "finished_req_ids", "num_spec_tokens_to_schedule",
+        loses=NO_COSTS,
+    ),
+    _v1(
+        SCHEDULED, "NewRequestData", "a made-up request", "req_id", "prompt_token_ids", "mm_features", "sampling_params",
+        "pooling_params", "block_ids", "num_computed_tokens", "lora_request", loses=NO_COSTS,
+    ),
+    _v1(
+        SCHEDULED, "CachedRequestData", "how it goes on", "req_ids", "resumed_req_ids", "new_token_ids", "all_token_ids",
+        "new_block_ids", "num_computed_tokens", "num_output_tokens", loses=NO_COSTS,
     ),
     _v1(f"{MODELS}.utils", "maybe_prefix", "keeps the Gemma 4 draft layers' names apart from the target's", "prefix", "name"),
     _v1(

@@ -115,6 +115,32 @@ def eagle_proposer(original: Any) -> Any:
     return EagleOrDSparkProposer
 
 
+def compile_or_warm_up_model(original: Any) -> Any:
+    """The worker's last step before it serves: ours measures step times after it."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        times = original(self, *args, **kwargs)
+        start = getattr(getattr(self.model_runner, "drafter", None), "start_policy", None)
+        if start is not None:
+            start()
+        return times
+
+    return wrapper
+
+
+def verify_sampling_params(original: Any) -> Any:
+    """``SamplingParams.verify`` that also checks what a request sets for itself, where a drafter would listen."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, model_config: Any, speculative_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if speculative_config is not None and speculative_config.method == "dspark":
+            options.RequestOptions.of(self.extra_args)
+        return original(self, model_config, speculative_config, *args, **kwargs)
+
+    return wrapper
+
+
 def expand_batch_to_tokens(original: Any) -> Any:
     """Per-request sampling parameters ``[R]`` repeated for each of the request's draft tokens ``[T]``.
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -87,11 +87,29 @@ class EngineProcess:
         Greedy unless ``sampling``, which is ``vllm.SamplingParams``', says otherwise. ``max_tokens`` may be changed per
         prompt by a list ``lengths``.
         """
-        self.wait()
         sampling = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
-        self._pipe.send((list(prompts), concurrency or len(prompts), sampling))
-        run: Run = self._answer()
+        run: Run = self._ask("run", list(prompts), concurrency or len(prompts), sampling)
         return run
+
+    def refused(self, prompt: str, **sampling: Any) -> str:
+        """The error that a request with these parameters meets, as "Type: message"; empty if it is taken."""
+        problem: str = self._ask("refused", prompt, sampling)
+        return problem
+
+    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Ids of these texts."""
+        ids: list[list[int]] = self._ask("tokenize", list(prompts))
+        return ids
+
+    def explain(self) -> dict[str, Any]:
+        """The numbers of the policy's last decision; only where the engine core runs in the engine's own process."""
+        numbers: dict[str, Any] = self._ask("explain")
+        return numbers
+
+    def _ask(self, what: str, *arguments: Any) -> Any:
+        self.wait()
+        self._pipe.send((what, arguments))
+        return self._answer()
 
     def _answer(self) -> Any:
         try:
@@ -136,8 +154,12 @@ def _serve(pipe: Connection, log: str, environment: dict[str, str], prepare: str
 
         engine = LLM(**{"disable_log_stats": False, "seed": 0, **options})
         pipe.send(("ready", None))
-        while (batch := pipe.recv()) is not None:
-            pipe.send(("run", _run(engine, *batch)))
+        answers: dict[str, Callable[..., Any]] = {
+            "run": _run, "refused": _refused, "tokenize": _tokenize, "explain": _explain
+        }  # fmt: skip
+        while (question := pipe.recv()) is not None:
+            what, arguments = question
+            pipe.send((what, answers[what](engine, *arguments)))
     except EOFError:
         return  # whoever drove this engine is gone
     except Exception:
@@ -175,6 +197,28 @@ def _run(engine: Any, prompts: list[Any], concurrency: int, sampling: dict[str, 
         accepted_at=change.get("num_accepted_tokens_per_pos", ()),
         top=[_top(output) for output in ordered] if sampling.get("logprobs") else None,
     )
+
+
+def _refused(engine: Any, prompt: str, sampling: dict[str, Any]) -> str:
+    from vllm import SamplingParams
+
+    try:
+        engine.llm_engine.add_request("refused", prompt, SamplingParams(max_tokens=1, **sampling))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    engine.llm_engine.abort_request(["refused"])
+    return ""
+
+
+def _tokenize(engine: Any, prompts: list[str]) -> list[list[int]]:
+    tokenizer = engine.get_tokenizer()
+    return [tokenizer(prompt)["input_ids"] for prompt in prompts]
+
+
+def _explain(engine: Any) -> dict[str, Any]:
+    runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+    explained: dict[str, Any] = runner.drafter.rounds.policy.explain()
+    return explained
 
 
 def _top(output: Any) -> list[dict[int, float]]:

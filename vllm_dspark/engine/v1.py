@@ -1,11 +1,13 @@
 """DSpark on vLLM's V1 runner: the proposer that its EAGLE branch builds when the method is ``dspark``.
 
-One round: the target's hidden states become context K/V in the paged cache, the requests that draft run one
-non-causal block forward, the sequential stage turns it into drafts, and as many as asked for go to the scheduler.
-Scheduling is synchronous here, so sampled tokens arrive as lists and every length is known on the host.
+One round: the target's hidden states are kept, to become context K/V in the paged cache; the policy says who drafts; those
+requests run one non-causal block forward; the sequential stage turns it into drafts; the policy says how many of each are
+verified, and those go to the scheduler. Scheduling is synchronous here, so sampled tokens arrive as lists and every length
+is known on the host.
 """
 
 import logging
+import time
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,12 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
-from vllm_dspark.engine import models, pair
+from vllm_dspark.engine import models, pair, plain, setup
+from vllm_dspark.engine.context import DeferredContext
+from vllm_dspark.engine.rounds import Decider
 from vllm_dspark.heads import sequential
 from vllm_dspark.options import KEY, DSparkOptions
+from vllm_dspark.verification.records import Rows
 
 logger = logging.getLogger("vllm.dspark")
 
@@ -45,15 +50,17 @@ class DSparkProposer(DFlashProposer):
         hf_config = self.draft_model_config.hf_config
         self.queries = pair.block_queries(hf_config)
         self.first_slot = 0 if hf_config.sample_from_anchor else 1
+        self.width = self.queries - self.first_slot
         self.runner = runner
         runner.use_aux_hidden_state_outputs = True
-        width = self.max_batch_size * self.queries
-        self.max_query_tokens = width
-        if width > self.max_padded_query_tokens:
-            self.positions = torch.zeros(width, dtype=torch.int64, device=device)
-            self._slot_mapping_buffer = torch.zeros(width, dtype=torch.int64, device=device)
-        if width > self.input_ids.shape[0]:
-            self.input_ids = torch.zeros(width, dtype=torch.int32, device=device)
+        plain.skip_rejection_sampling(runner)
+        most = self.max_batch_size * self.queries
+        self.max_query_tokens = most
+        if most > self.max_padded_query_tokens:
+            self.positions = torch.zeros(most, dtype=torch.int64, device=device)
+            self._slot_mapping_buffer = torch.zeros(most, dtype=torch.int64, device=device)
+        if most > self.input_ids.shape[0]:
+            self.input_ids = torch.zeros(most, dtype=torch.int32, device=device)
         logger.info(
             "DSpark on the V1 runner: block of %d, first prediction in slot %d, options %s",
             self.queries,
@@ -62,6 +69,8 @@ class DSparkProposer(DFlashProposer):
         )
         self._sampled: list[list[int]] = []
         self._warned_not_finite = False
+        self.context = DeferredContext(self.write_context, setup.deferred_tokens(vllm_config))
+        self.rounds: Decider = setup.rounds(self, None)
 
     def _raise_if_padded_drafter_batch_disabled(self) -> None:
         """The base class would refuse what this proposer is built on: exact lengths."""
@@ -74,10 +83,22 @@ class DSparkProposer(DFlashProposer):
         self.runner.effective_drafter_max_model_len = self.max_model_len + self.queries + 1
         self.target_ids = self.model.target_ids
 
-    def prepare_next_token_ids_cpu(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> Tensor:
+    def start_policy(self) -> None:
+        """Measure step times, if the policy needs them; the runner is ready and nobody is served yet."""
+        self.rounds = setup.rounds(self, setup.cost(self))
+
+    def prepare_next_token_ids_cpu(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> None:
+        """Keep the tokens sampled; the anchors are made of them if anybody drafts."""
         self._sampled = sampled_token_ids
-        tokens: Tensor = super().prepare_next_token_ids_cpu(sampled_token_ids, *args, **kwargs)
-        return tokens
+
+    def prepare_inputs(
+        self, common_attn_metadata: CommonAttentionMetadata, sampled_token_ids: list[list[int]], num_draft_tokens: list[int]
+    ) -> tuple[CommonAttentionMetadata, Tensor]:
+        self.rounds.judged(num_draft_tokens, common_attn_metadata.num_actual_tokens)
+        kept: tuple[CommonAttentionMetadata, Tensor] = super().prepare_inputs(
+            common_attn_metadata, sampled_token_ids, num_draft_tokens
+        )
+        return kept
 
     def propose(
         self,
@@ -85,7 +106,7 @@ class DSparkProposer(DFlashProposer):
         target_token_ids: Tensor,
         target_positions: Tensor,
         target_hidden_states: Tensor,
-        next_token_ids: Tensor,
+        next_token_ids: None,
         token_indices_to_sample: Tensor | None,
         common_attn_metadata: CommonAttentionMetadata,
         sampling_metadata: Any,
@@ -98,24 +119,50 @@ class DSparkProposer(DFlashProposer):
         Args:
             num_speculative_tokens: k. target_positions: ``[T]``, of the T tokens that were kept.
             target_hidden_states: concatenated target layers, ``[T, m*d]``.
-            next_token_ids: the anchors, ``[R]``. common_attn_metadata: of the R requests, rejected tokens removed.
+            common_attn_metadata: of the R requests, rejected tokens removed.
         """
+        began = time.perf_counter()
         metadata = common_attn_metadata
         self._last_draft_probs = None
         tokens = target_positions.shape[0]
-        states = self.model.combine_hidden_states(target_hidden_states)
-        self.model.precompute_and_store_context_kv(states, target_positions, metadata.slot_mapping[:tokens])
+        self.context.add(target_hidden_states, target_positions, metadata.slot_mapping[:tokens])
         drafts: list[list[int]] = [[] for _ in range(metadata.num_reqs)]
         starts = self._context_lengths(metadata)
-        rows = np.flatnonzero(self._drafting(starts))
-        if rows.size == 0 or num_speculative_tokens == 0:
-            return drafts
-        block = self._draft(rows, starts[rows], next_token_ids, metadata, sampling_metadata)
-        if block is not None:
-            for row, chosen in zip(rows.tolist(), block.tokens[:, :num_speculative_tokens].tolist(), strict=True):
-                drafts[row] = chosen
-            self._keep_probabilities(block.probabilities, rows, metadata.num_reqs, num_speculative_tokens)
+        rows = self.rounds.begin(began, self._sampled, starts, num_speculative_tokens)
+        if rows.size:
+            late = self._catch_up(tokens)
+            anchors = torch.tensor([self._sampled[row][-1] for row in rows.tolist()], dtype=torch.int32, device=self.device)
+            block = self._draft(rows, starts[rows], anchors, metadata, sampling_metadata)
+            if block is not None:
+                confidences = None if block.confidences is None else block.confidences.float().cpu().numpy()
+                lengths = self.rounds.lengths(confidences)
+                self._hand_over(drafts, block, rows, lengths)
+            ended = time.perf_counter()
+            self.rounds.end(ended, ended - began - late)
+        else:
+            self.rounds.end(time.perf_counter(), 0.0)
         return drafts
+
+    def write_context(self, states: Tensor, positions: Tensor, slots: Tensor) -> None:
+        """Turn concatenated target states ``[T, m*d]`` into the draft layers' K/V in the paged cache."""
+        self.model.precompute_and_store_context_kv(self.model.combine_hidden_states(states), positions, slots)
+
+    def _catch_up(self, tokens: int) -> float:
+        """Write all context; the seconds that went into steps before this one, whose share was ``tokens``."""
+        kept = self.context.tokens
+        began = time.perf_counter()
+        self.context.write()
+        return (time.perf_counter() - began) * max(kept - tokens, 0) / max(kept, 1)
+
+    def _hand_over(self, drafts: list[list[int]], block: sequential.Drafts, rows: Rows, lengths: Rows) -> None:
+        """Put the drafts that are to be verified into their requests' lists, and keep q for the rejection sampler."""
+        longest = int(lengths.max(initial=0))
+        if longest == 0:
+            return
+        chosen = block.tokens[:, :longest].tolist()
+        for row, length, tokens in zip(rows.tolist(), lengths.tolist(), chosen, strict=True):
+            drafts[row] = tokens[:length]
+        self._keep_probabilities(block.probabilities, rows, len(drafts), longest)
 
     def _context_lengths(self, metadata: CommonAttentionMetadata) -> np.ndarray:
         """Tokens of context of each request, ``[R]``: also the position of its anchor."""
@@ -123,19 +170,11 @@ class DSparkProposer(DFlashProposer):
         lengths: np.ndarray = (metadata.seq_lens.cpu() if exact is None else exact).numpy()
         return lengths[: metadata.num_reqs]
 
-    def _drafting(self, starts: np.ndarray) -> np.ndarray:
-        """Which requests draft: those that just sampled a token and whose whole block fits the model's length."""
-        sampled = np.fromiter((bool(tokens) for tokens in self._sampled), dtype=bool, count=len(starts))
-        fits: np.ndarray = starts + self.queries <= self.max_model_len
-        return sampled & fits
-
     def _draft(
         self, rows: np.ndarray, starts: np.ndarray, anchors: Tensor, metadata: CommonAttentionMetadata, sampling: Any
     ) -> sequential.Drafts | None:
-        """Block forward and sequential stage for ``rows``; None if the drafter's output is not finite."""
+        """Block forward and sequential stage for ``rows`` with their anchors; None if the drafter's output is not finite."""
         index = torch.from_numpy(rows)
-        everyone = rows.size == metadata.num_reqs
-        anchors = anchors if everyone else anchors[index]
         hidden = self._block_forward(index, starts, anchors, metadata)[:, self.first_slot :]
         logits = self.model.compute_draft_logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
         if not torch.isfinite(logits.sum()):

@@ -1,0 +1,95 @@
+"""Context K/V written late: in order, once, and complete before anything is drafted."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_dspark.engine.context import DeferredContext
+
+
+class Cache:
+    """A cache of slots, written like the kernels do it: in an order nobody may rely on."""
+
+    def __init__(self, slots: int = 64) -> None:
+        self.values = torch.full((slots,), -1.0)
+        self.writes: list[int] = []
+
+    def write(self, states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        assert len(set(slots.tolist())) == len(slots), "a slot is written twice at once"
+        assert torch.equal(states[:, 0], positions.float())
+        self.values[slots] = states[:, 0]
+        self.writes.append(len(slots))
+
+
+def step(numbers: list[int], slots: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    positions = torch.tensor(numbers)
+    return positions.float().unsqueeze(1).repeat(1, 3), positions, torch.tensor(slots)
+
+
+def test_nothing_is_written_before_it_is_asked_for():
+    cache = Cache()
+    context = DeferredContext(cache.write, limit=8)
+    context.add(*step([1, 2], [10, 11]))
+    context.add(*step([3], [12]))
+    assert cache.writes == []
+    assert context.tokens == 3
+    context.write()
+    assert cache.values[10:13].tolist() == [1, 2, 3]
+    assert cache.writes == [3]
+    context.write()
+    assert cache.writes == [3]
+
+
+def test_views_may_change_after_they_were_added():
+    """The runner reuses its buffers for positions and slots in the next step."""
+    cache = Cache()
+    context = DeferredContext(cache.write, limit=8)
+    states, positions, slots = step([5], [7])
+    context.add(states, positions, slots)
+    positions.fill_(0)
+    slots.fill_(0)
+    context.write()
+    assert cache.values[7] == 5
+    assert cache.values[0] == -1
+
+
+def test_a_slot_given_to_another_request_holds_the_later_token():
+    cache = Cache()
+    context = DeferredContext(cache.write, limit=100)
+    context.add(*step([1, 2, 3], [20, 21, 22]))
+    context.add(*step([4, 5], [22, 20]))
+    context.write()
+    assert cache.values[20:23].tolist() == [5, 2, 4]
+
+
+@pytest.mark.parametrize("limit", [0, 1, 4])
+def test_never_more_than_the_limit_is_kept(limit):
+    cache = Cache()
+    context = DeferredContext(cache.write, limit)
+    for number in range(10):
+        context.add(*step([number], [number]))
+        assert context.tokens <= max(limit - 1, 0)
+    context.add(*step(list(range(20, 30)), list(range(20, 30))))
+    assert context.tokens == 0
+    assert cache.values[:10].tolist() == list(range(10))
+    assert cache.values[20:30].tolist() == list(range(20, 30))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 12), st.integers(0, 2**32 - 1))
+def test_it_ends_as_if_every_step_had_been_written_at_once(limit, seed):
+    rng = np.random.default_rng(seed)
+    late, now = Cache(), Cache()
+    context = DeferredContext(late.write, limit)
+    for number in range(30):
+        count = int(rng.integers(1, 6))
+        states, positions, slots = step([100 * number + i for i in range(count)], rng.permutation(64)[:count].tolist())
+        now.write(states, positions, slots)
+        context.add(states, positions, slots)
+        if rng.random() < 0.2:
+            context.write()
+            assert torch.equal(late.values, now.values)
+    context.write()
+    assert torch.equal(late.values, now.values)

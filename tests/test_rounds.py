@@ -1,0 +1,129 @@
+"""What the policy is told of the runner's rounds: who can draft, how much, what was accepted, how long it took."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm_dspark.engine.rounds import Rounds
+from vllm_dspark.verification.records import DraftDecision
+
+
+class Policy:
+    """Notes what it is told; everybody it is shown drafts."""
+
+    cost: Any = object()
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self.calls.append((name, arguments if len(arguments) > 1 else arguments[0]))
+
+    def begin_round(self, inputs: Any) -> DraftDecision:
+        self.calls.append(("begin_round", inputs))
+        return DraftDecision(np.flatnonzero(np.asarray(inputs.limits) > 0), np.zeros(0, dtype=bool), "pays")
+
+    def told(self, name: str) -> list[Any]:
+        return [value for called, value in self.calls if called == name]
+
+
+def request(prompt: int = 10, outputs: int = 1, max_tokens: int | None = 50, eos: int | None = 0, **more: Any) -> Any:
+    parameters = SimpleNamespace(
+        max_tokens=max_tokens, eos_token_id=eos, stop_token_ids=more.get("stop"), extra_args=more.get("extra_args")
+    )
+    return SimpleNamespace(sampling_params=parameters, num_prompt_tokens=prompt, output_token_ids=[5] * outputs)
+
+
+def make(**requests: Any) -> tuple[Rounds, Policy]:
+    runner = SimpleNamespace(
+        requests=requests, input_batch=SimpleNamespace(req_ids=list(requests)), max_num_tokens=1000
+    )  # fmt: skip
+    policy = Policy()
+    return Rounds(policy, runner, queries=7, max_model_len=100), policy  # type: ignore[arg-type]
+
+
+def test_limits_are_what_is_left_to_generate_and_whether_the_block_fits():
+    rounds, policy = make(
+        young=request(), nearly=request(outputs=47), last=request(outputs=49), done=request(outputs=50), long=request(),
+        free=request(max_tokens=None),
+    )  # fmt: skip
+    contexts = np.array([11, 57, 59, 60, 94, 93])
+    rows = rounds.begin(0.0, [[5]] * 6, contexts, k=7)
+    (inputs,) = policy.told("begin_round")
+    assert list(inputs.requests) == ["young", "nearly", "last", "long", "free"]
+    assert inputs.limits.tolist() == [7, 2, 0, 0, 7]  # 47 of 50: one comes from the target, two can be drafts
+    assert inputs.contexts.tolist() == [11, 57, 59, 94, 93]
+    assert rows.tolist() == [0, 1, 5]
+
+
+def test_requests_that_ended_or_did_not_sample_do_not_draft():
+    rounds, policy = make(
+        eos=request(eos=9), middle=request(eos=9), stopped=request(stop=[3]), chunk=request(prompt=80), goes=request()
+    )
+    rows = rounds.begin(0.0, [[9], [9, 4], [4, 3], [], [5]], np.array([12, 12, 12, 30, 12]), k=7)
+    (inputs,) = policy.told("begin_round")
+    assert list(inputs.requests) == ["goes"]
+    assert inputs.other_tokens == 50  # of the prompt that is still to come
+    assert rows.tolist() == [4]
+
+
+def test_requests_are_announced_with_their_own_options_and_finished_when_they_go():
+    rounds, policy = make(a=request(), b=request(extra_args={"dspark_policy": "off", "dspark_max_draft_tokens": 2, "other": 1}))
+    rounds.begin(0.0, [[5], [5]], np.array([11, 11]), k=7)
+    assert policy.told("add") == [("a", None, None), ("b", 2, "off")]
+    del rounds.runner.requests["a"]
+    rounds.runner.requests["c"] = request(extra_args={"dspark_policy": "adaptive"})
+    rounds.runner.input_batch.req_ids = ["b", "c"]
+    rounds.begin(0.0, [[5], [5]], np.array([12, 11]), k=7)
+    assert policy.told("finish")[-1] == ["a"]
+    assert policy.told("add")[2:] == [("c", None, "adaptive")]
+
+
+def test_a_request_that_asks_for_what_was_not_measured_gets_the_engines_policy():
+    rounds, policy = make(a=request(extra_args={"dspark_policy": "adaptive"}))
+    policy.cost = None
+    rounds.begin(0.0, [[5]], np.array([11]), k=7)
+    assert policy.told("add") == [("a", None, None)]
+
+
+def test_outcomes_and_times_are_those_of_the_round_before():
+    rounds, policy = make(a=request(), b=request(), c=request())
+    sampled, contexts = [[5]] * 3, np.array([20, 30, 40])
+    rounds.begin(1.0, sampled, contexts, k=7)
+    rounds.end(1.5, 0.4)
+    assert policy.told("observe_step") == []
+    rounds.judged([7, 3, 0], tokens=13)
+    rounds.begin(2.0, [[1, 2, 3], [1], [4]], np.array([23, 31, 41]), k=7)
+    (outcomes,) = policy.told("observe")
+    assert list(outcomes.requests) == ["a", "b"]
+    assert outcomes.verified.tolist() == [7, 3]
+    assert outcomes.accepted.tolist() == [2, 0]
+    (timing,) = policy.told("observe_step")
+    assert timing.target_seconds == pytest.approx(0.5)
+    assert (timing.tokens, timing.requests, timing.drafted, timing.draft_seconds) == (13, 3, 3, 0.4)
+    assert timing.context == 95
+    assert timing.token_context == 95 + 7 * 23 + 3 * 31
+    assert timing.draft_context == 90
+
+
+def test_steps_that_say_nothing_about_decoding_are_not_timed():
+    rounds, policy = make(a=request(), b=request())
+    two = np.array([20, 30])
+    rounds.begin(1.0, [[5], [5]], two, k=7)
+    rounds.end(1.1, 0.0)
+    rounds.begin(2.0, [[5], []], two, k=7)  # prefill in it
+    rounds.end(2.1, 0.0)
+    assert len(policy.told("observe_step")) == 0
+    rounds.judged([0, 0], tokens=30)  # the last chunk of a prompt in it
+    rounds.begin(3.0, [[5], [5]], two, k=7)
+    rounds.end(3.1, 0.0)
+    assert len(policy.told("observe_step")) == 0
+    rounds.begin(4.0, [[5], [5]], two, k=7)
+    rounds.end(4.1, 0.0)
+    assert len(policy.told("observe_step")) == 1
+    rounds.runner.requests = {"c": request()}
+    rounds.runner.input_batch.req_ids = ["c"]
+    rounds.begin(99.0, [[5]], two[:1], k=7)  # another request: the engine may have stood idle
+    assert len(policy.told("observe_step")) == 1

@@ -1,0 +1,248 @@
+"""Step times of the real engine, measured at start: the runner decodes made-up requests, with and without drafts.
+
+Requests are put straight into the runner, as if their context had been computed before, so a long context costs nothing to
+set up. Nobody else is served yet, and the cache blocks used are handed out again by the scheduler later.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+import vllm_dspark
+from vllm_dspark.engine import hooks
+from vllm_dspark.engine.rounds import NOBODY
+from vllm_dspark.verification import profile
+from vllm_dspark.verification.cost import CostTable, StepTiming
+from vllm_dspark.verification.records import Rows
+
+logger = logging.getLogger("vllm.dspark")
+
+SHORT, LONG = 64, 4096  # tokens of context profiled
+STEPS = 3  # timed steps of every shape in a pass, after one that is not
+PASSES = 2
+UPKEEP_TOKENS = 256  # context tokens written at once to time that
+
+# Where nothing was measured: a step of 10 ms. Serving corrects it within some dozens of steps.
+GUESS = CostTable((1, 64, 512), (0.010, 0.016, 0.060), (1, 64), (0.003, 0.010), label="a guess, not measured")
+
+
+def key(vllm_config: Any, draft_vllm_config: Any, width: int) -> dict[str, Any]:
+    """Everything step times depend on."""
+    models = {"target": vllm_config.model_config, "drafter": draft_vllm_config}
+    parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
+    return {
+        **{name: _digest(config.hf_config.to_json_string(use_diff=False)) for name, config in models.items()},
+        "dtype": str(vllm_config.model_config.dtype), "quantization": str(vllm_config.model_config.quantization),
+        "width": width, "vllm": hooks.vllm_version(), "vllm-dspark": vllm_dspark.__version__, "torch": torch.__version__,
+        "device": _device(), "threads": torch.get_num_threads(),
+        "tensor_parallel": parallel.tensor_parallel_size, "pipeline_parallel": parallel.pipeline_parallel_size,
+        "backend": str(vllm_config.attention_config.backend), "compilation": str(compilation.mode),
+        "capture_sizes": _digest(str(compilation.cudagraph_capture_sizes)),
+        "block_size": vllm_config.cache_config.block_size, "max_num_seqs": vllm_config.scheduler_config.max_num_seqs,
+    }  # fmt: skip
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def table(runner: Any, proposer: Any, seconds: float, folder: str | None) -> CostTable:
+    """Step times from the cache, or measured within ``seconds`` and put there; a guess if neither works."""
+    depends = key(runner.vllm_config, proposer.draft_model_config, proposer.queries)
+    path = Path(folder).expanduser() if folder else _user_cache()
+    path /= f"steps-{_digest(str(depends))}.json"
+    if (found := CostTable.load(path, depends)) is not None:
+        logger.info("DSpark step times: from %s", path)
+        return found
+    if seconds <= 0:
+        logger.info("DSpark step times: not measured (profile_seconds is 0); serving will teach them")
+        return GUESS
+    began = time.perf_counter()
+    logger.info("DSpark step times: measuring, for at most %.0f s (see the option profile_seconds)", seconds)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            found = Profiler(runner, proposer).table(began + seconds)
+    except Exception as error:
+        logger.warning("DSpark step times cannot be measured (%s: %s); serving will teach them", type(error).__name__, error)
+        return GUESS
+    logger.info("DSpark step times: %d sizes in %.1f s", len(found.sizes), time.perf_counter() - began)
+    try:
+        found.save(path, depends)
+    except OSError as error:
+        logger.warning("DSpark step times cannot be kept in %s (%s); they will be measured again", path, error)
+    return found
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-dspark"
+
+
+class Script:
+    """Takes the policy's place while profiling: everybody drafts as told, and the times are noted."""
+
+    def __init__(self) -> None:
+        self.drafts = 0
+        self.rows = 0
+        self.began = 0.0
+        self.draft_seconds = 0.0
+
+    def judged(self, drafts: Sequence[int], tokens: int) -> None:
+        """Nothing is learned here."""
+
+    def begin(self, now: float, sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], k: int) -> Rows:
+        self.began, self.rows, self.draft_seconds = now, len(sampled), 0.0
+        return np.arange(len(sampled)) if self.drafts else NOBODY
+
+    def lengths(self, confidences: NDArray[np.floating] | None) -> Rows:
+        return np.full(self.rows, self.drafts, dtype=np.int64)
+
+    def end(self, now: float, seconds: float) -> None:
+        self.draft_seconds = seconds
+
+
+class Profiler:
+    """Decodes made-up requests on a V1 runner."""
+
+    def __init__(self, runner: Any, proposer: Any) -> None:
+        self.runner, self.proposer = runner, proposer
+        self.width = min(proposer.num_speculative_tokens, proposer.width)
+        self.blocks = runner.kv_cache_config.num_blocks - 1  # block 0 is nobody's
+        self.groups = [group.kv_cache_spec.block_size for group in runner.kv_cache_config.kv_cache_groups]
+        self.samples: list[StepTiming] = []
+        self.names = 0
+
+    def table(self, deadline: float) -> CostTable:
+        """Measure shapes until all passes are done or the deadline has come, and fit them.
+
+        Raises:
+            ValueError: there was not even time for one step with drafts and one without.
+        """
+        script = Script()
+        usual, self.proposer.rounds = self.proposer.rounds, script
+        try:
+            for requests, drafts, context in self._shapes():
+                if time.perf_counter() > deadline:
+                    break
+                self._shape(script, requests, drafts, context)
+            upkeep = self._upkeep()
+        finally:
+            self.proposer.rounds = usual
+        return profile.fit(self.samples, context_per_token=upkeep, label=f"measured on {_device()}")
+
+    def _shapes(self) -> Iterator[tuple[int, int, int]]:
+        """(requests, drafts of each, context), the most telling first."""
+        most = self.runner.scheduler_config.max_num_seqs
+        sizes = [1 << power for power in range(most.bit_length()) if self._fits(1 << power, SHORT)]
+        long = min(LONG, self.runner.max_model_len - self._room())
+        drafts = dict.fromkeys([0, self.width, max(self.width // 2, 1), 1])
+        for once in range(PASSES):
+            for requests in sizes:
+                yield from ((requests, k, SHORT) for k in drafts if requests * (1 + k) <= self.runner.max_num_tokens)
+                if requests <= 4 and long >= 4 * SHORT and self._fits(requests, long) and once < 2:
+                    yield from ((requests, k, long) for k in (0, self.width))
+
+    def _room(self) -> int:
+        """Tokens a profiled request may grow by, and those its last block forward looks at."""
+        return (STEPS + 3) * (self.width + 1) + self.proposer.queries
+
+    def _needs(self, context: int) -> int:
+        return sum(-(-(context + self._room()) // size) for size in self.groups)
+
+    def _fits(self, requests: int, context: int) -> bool:
+        return context + self._room() <= self.runner.max_model_len and requests * self._needs(context) <= self.blocks
+
+    def _shape(self, script: Script, requests: int, drafts: int, context: int) -> None:
+        script.drafts = drafts
+        names = [f"dspark-profile-{self.names + index}" for index in range(requests)]
+        self.names += requests
+        computed = dict.fromkeys(names, context)
+        sampled = self._step(self._joining(names, context))
+        try:
+            for step in range(1 + STEPS):
+                for name, tokens in sampled.items():
+                    computed[name] += len(tokens)
+                began = time.perf_counter()
+                sampled = self._step(self._going_on(computed, drafts))
+                if step:
+                    self.samples.append(
+                        StepTiming(
+                            requests * (1 + drafts), requests, float(requests * context), script.began - began, None,
+                            requests if drafts else 0, float(requests * context), script.draft_seconds,
+                        )
+                    )  # fmt: skip
+        finally:
+            gone = SchedulerOutput.make_empty()
+            gone.finished_req_ids = set(names)
+            self.runner.execute_model(gone)
+
+    def _step(self, scheduled: SchedulerOutput) -> dict[str, list[int]]:
+        """One step of the runner; the tokens each request sampled."""
+        self.runner.execute_model(scheduled)
+        output = self.runner.sample_tokens(None)
+        self.runner.take_draft_token_ids()
+        return dict(zip(output.req_ids, output.sampled_token_ids, strict=True))
+
+    def _joining(self, names: list[str], context: int) -> SchedulerOutput:
+        scheduled = SchedulerOutput.make_empty()
+        parameters = SamplingParams(temperature=0.0, max_tokens=self._room() * 8, ignore_eos=True)
+        block = 1
+        for name in names:
+            blocks = []
+            for size in self.groups:
+                count = -(-(context + self._room()) // size)
+                blocks.append(list(range(block, block + count)))
+                block += count
+            scheduled.scheduled_new_reqs.append(
+                NewRequestData(name, [1] * (context + 1), [], parameters, None, tuple(blocks), context, None)
+            )
+        scheduled.num_scheduled_tokens = dict.fromkeys(names, 1)
+        scheduled.total_num_scheduled_tokens = len(names)
+        scheduled.num_spec_tokens_to_schedule = self.width
+        return scheduled
+
+    def _going_on(self, computed: dict[str, int], drafts: int) -> SchedulerOutput:
+        scheduled = SchedulerOutput.make_empty()
+        names = list(computed)
+        outputs = [len(self.runner.requests[name].output_token_ids) for name in names]
+        scheduled.scheduled_cached_reqs = CachedRequestData(
+            names, set(), [], {}, [None] * len(names), list(computed.values()), outputs
+        )
+        scheduled.num_scheduled_tokens = dict.fromkeys(names, 1 + drafts)
+        scheduled.total_num_scheduled_tokens = len(names) * (1 + drafts)
+        if drafts:
+            scheduled.scheduled_spec_decode_tokens = {name: [1] * drafts for name in names}
+        scheduled.num_spec_tokens_to_schedule = self.width
+        return scheduled
+
+    def _upkeep(self) -> float:
+        """Seconds per token of writing context K/V late; the slots are of blocks that hold nothing yet."""
+        count = min(UPKEEP_TOKENS, self.blocks * self.groups[0])
+        slots = torch.arange(self.groups[0], self.groups[0] + count, device=self.proposer.device)
+        states = torch.zeros(
+            count, self.proposer.model.model.fc.input_size, dtype=self.proposer.dtype, device=self.proposer.device
+        )
+        times = []
+        for _ in range(STEPS):
+            began = time.perf_counter()
+            self.proposer.write_context(states, torch.arange(count, device=self.proposer.device), slots)
+            times.append(time.perf_counter() - began)
+        return min(times) / count

@@ -1,0 +1,181 @@
+"""Between the V1 runner and the policy: what a round looked like, and what is decided for the next.
+
+Everything here is host arithmetic on lists and small arrays; the policy itself knows nothing of vLLM.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_dspark.options import RequestOptions
+from vllm_dspark.verification.cost import StepTiming
+from vllm_dspark.verification.policy import Policy
+from vllm_dspark.verification.records import Outcomes, RoundInput, Rows
+
+logger = logging.getLogger("vllm.dspark")
+
+NOBODY: Rows = np.zeros(0, dtype=np.int64)
+
+
+class Decider(Protocol):
+    """What the proposer asks once per round, in this order; ``lengths`` only if rows were returned."""
+
+    def judged(self, drafts: Sequence[int], tokens: int) -> None:
+        """The step verified so many drafts of each request and ran on so many tokens."""
+
+    def begin(self, now: float, sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], k: int) -> Rows:
+        """Rows of the batch that draft."""
+
+    def lengths(self, confidences: NDArray[np.floating] | None) -> Rows:
+        """Drafts to verify of each of those rows."""
+
+    def end(self, now: float, seconds: float) -> None:
+        """The round's drafting ended; ``seconds`` were spent on it."""
+
+
+class Rounds:
+    """Runs the policy for the requests of a V1 runner."""
+
+    def __init__(self, policy: Policy, runner: Any, queries: int, max_model_len: int) -> None:
+        """Args: queries: of a block forward; a request drafts only while they all fit ``max_model_len``."""
+        self.policy, self.runner = policy, runner
+        self.queries, self.max_model_len = queries, max_model_len
+        self._batch: list[str] = []  # of the round before, in batch order
+        self._served: dict[str, Served] = {}
+        self._drafted = 0
+        self._draft_context = 0.0
+        self._draft_seconds = 0.0
+        self._ended: float | None = None
+        self._verified: Sequence[int] | None = None
+        self._tokens = 0
+
+    def judged(self, drafts: Sequence[int], tokens: int) -> None:
+        self._verified, self._tokens = drafts, tokens
+
+    def begin(self, now: float, sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], k: int) -> Rows:
+        """Learn from the step that just ended, then choose who drafts.
+
+        Args:
+            now: clock at the end of the target's step, seconds. sampled: tokens of each request of the batch, ``[]`` where
+                prefill goes on. contexts: tokens of context, ``(R,)``. k: most drafts of any request.
+        """
+        names = list(self.runner.input_batch.req_ids[: len(sampled)])
+        total = float(contexts.sum())
+        self._learn(now, names, sampled, contexts, total)
+        if names != self._batch:
+            self._announce(names)
+            self._batch = names
+        rows, limits, waiting = self._able(names, sampled, contexts, k)
+        self._drafted = 0
+        if not rows:
+            return NOBODY
+        everyone = len(rows) == len(names)
+        able = names if everyone else [names[row] for row in rows]
+        here = contexts if everyone else contexts[rows]
+        elsewhere = 0.0 if everyone else total - float(here.sum())
+        chosen = self.policy.begin_round(RoundInput(able, here, np.array(limits), waiting, elsewhere)).rows
+        if chosen.size == 0:
+            return NOBODY
+        if not everyone:
+            chosen = np.array(rows, dtype=np.int64)[chosen]
+        self._drafted = int(chosen.size)
+        self._draft_context = float(contexts[chosen].sum())
+        return chosen
+
+    def lengths(self, confidences: NDArray[np.floating] | None) -> Rows:
+        return self.policy.lengths(confidences)
+
+    def end(self, now: float, seconds: float) -> None:
+        self._ended, self._draft_seconds = now, seconds
+
+    def _learn(
+        self, now: float, names: list[str], sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], total: float
+    ) -> None:
+        """Outcomes and time of the step that just ended. ``total``: Σ contexts."""
+        verified, tokens = self._verified, self._tokens or len(names)
+        self._verified, self._tokens = None, 0
+        drafts = 0
+        if verified is not None:
+            judged = [row for row, count in enumerate(verified) if count and sampled[row]]
+            drafts = sum(verified)
+            self.policy.observe(
+                Outcomes(
+                    [names[row] for row in judged],
+                    np.array([verified[row] for row in judged], dtype=np.int64),
+                    np.array([len(sampled[row]) - 1 for row in judged], dtype=np.int64),
+                )
+            )
+        # The engine has not stood idle between two rounds if a request was in both, and prefill has costs of its own.
+        if self._ended is None or tokens != len(names) + drafts or not all(sampled) or names[0] not in self._batch:
+            return
+        spread = None if verified is None else total + float(np.dot(contexts, verified))
+        timing = StepTiming(
+            tokens, len(names), total, now - self._ended, spread, self._drafted, self._draft_context, self._draft_seconds
+        )
+        self.policy.observe_step(timing)
+
+    def _announce(self, names: list[str]) -> None:
+        """Tell the policy of requests that came, with their own options, and of those that went."""
+        requests = self.runner.requests
+        self.policy.finish([name for name in self._batch if name not in requests])
+        before, self._served = self._served, {}
+        for name in names:
+            if name in before:
+                self._served[name] = before[name]
+                continue
+            given = requests[name].sampling_params
+            self._served[name] = Served.of(requests[name])
+            options = _options(given.extra_args if given is not None else None)
+            kind = options.dspark_policy
+            if kind == "adaptive" and self.policy.cost is None:
+                kind = None  # nothing to compare: the engine's policy
+            self.policy.add(name, options.dspark_max_draft_tokens, kind)
+
+    def _able(
+        self, names: list[str], sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], k: int
+    ) -> tuple[list[int], list[int], int]:
+        """Rows that will be in the next step after sampling a token, the most drafts of each, and other tokens of that step."""
+        rows, limits, waiting = [], [], 0
+        room = self.max_model_len - self.queries
+        for row, (name, tokens, context) in enumerate(zip(names, sampled, contexts.tolist(), strict=True)):
+            request = self._served[name]
+            if not tokens:
+                waiting += max(request.prompt - context, 0)
+                continue
+            left = request.most - len(request.outputs)
+            if left > 0 and request.stops.isdisjoint(tokens):  # else it has ended, and the scheduler will find out
+                rows.append(row)
+                limits.append(min(k, left - 1) if context <= room else 0)
+        return rows, limits, min(waiting, max(self.runner.max_num_tokens - len(rows), 0))
+
+
+class Served(NamedTuple):
+    """What ends a request: its prompt's length, its outputs (the runner's own list, which grows), most of them, stop ids."""
+
+    prompt: int
+    outputs: list[int]
+    most: int
+    stops: frozenset[int]
+
+    @classmethod
+    def of(cls, request: Any) -> "Served":
+        """From the runner's state of the request."""
+        given = request.sampling_params
+        if given is None:
+            return cls(request.num_prompt_tokens, request.output_token_ids, sys.maxsize, frozenset())
+        most = sys.maxsize if given.max_tokens is None else given.max_tokens
+        stops = frozenset([given.eos_token_id, *(given.stop_token_ids or ())])
+        return cls(request.num_prompt_tokens, request.output_token_ids, most, stops)
+
+
+def _options(extra_args: Any) -> RequestOptions:
+    """A request's own options; they were checked on entry, so a bad one here is only reported."""
+    try:
+        return RequestOptions.of(extra_args)
+    except ValueError as error:
+        logger.warning("%s; ignored", error)
+        return RequestOptions()

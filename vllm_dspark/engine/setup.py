@@ -1,0 +1,63 @@
+"""What the proposer starts with: the policy, its costs and temperatures, from the options and the checkpoint."""
+
+import logging
+from typing import Any
+
+from vllm_dspark.engine import profiling
+from vllm_dspark.engine.rounds import Rounds
+from vllm_dspark.options import DSparkOptions
+from vllm_dspark.verification import calibration
+from vllm_dspark.verification.cost import CostModel
+from vllm_dspark.verification.policy import Policy
+from vllm_dspark.verification.records import PolicyOptions
+from vllm_dspark.verification.survival import Floats
+
+logger = logging.getLogger("vllm.dspark")
+
+DEFERRED_TOKENS = 512  # hidden states kept before they are written: enough for an efficient product, little to catch up with
+
+
+def deferred_tokens(vllm_config: Any) -> int:
+    """Most tokens whose context K/V may be written late; none where another process reads the cache."""
+    if vllm_config.kv_transfer_config is not None:
+        return 0
+    return min(DEFERRED_TOKENS, int(vllm_config.scheduler_config.max_num_batched_tokens))
+
+
+def cost(proposer: Any) -> CostModel | None:
+    """The cost model, from measured step times; None if the policy has nothing to compare."""
+    options: DSparkOptions = proposer.options
+    if options.policy != "adaptive":
+        return None
+    table = profiling.table(proposer.runner, proposer, options.profile_seconds, options.cache_dir)
+    requests = proposer.max_batch_size
+    return CostModel(table, requests * (1 + proposer.num_speculative_tokens), requests)
+
+
+def rounds(proposer: Any, costs: CostModel | None) -> Rounds:
+    """The policy's side of the proposer. Without costs an adaptive policy waits: nothing is drafted."""
+    options: DSparkOptions = proposer.options
+    kind = "off" if options.policy == "adaptive" and costs is None else options.policy
+    chosen = PolicyOptions(
+        policy=kind, min_tokens_per_second_per_request=options.min_tokens_per_second_per_request, fallback="off"
+    )
+    width = proposer.width
+    policy = Policy(width, costs, chosen, temperatures(options, proposer.draft_model_config.hf_config, width))
+    return Rounds(policy, proposer.runner, proposer.queries, proposer.max_model_len)
+
+
+def temperatures(options: DSparkOptions, hf_config: Any, width: int) -> Floats | float:
+    """Temperatures of the confidences: as given, else a file's, else the checkpoint's, else 1.
+
+    Raises:
+        ValueError: there are not as many as positions.
+    """
+    given = options.temperatures
+    if isinstance(given, str):
+        found = calibration.load(given, width)
+        if found is None:
+            raise ValueError(f"dspark option 'temperatures': {given!r} is not a file of {width} temperatures")
+        return found
+    declared = hf_config.to_dict() if given is None else {"confidence_temperatures": given}
+    found = calibration.from_config(declared, width)
+    return 1.0 if found is None else found
