@@ -27,7 +27,7 @@ lint: setup ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: setup ## domain x concurrency x drafts on this machine's CPU
+bench: setup ## domain x concurrency x arm on this machine's CPU
 	@$(PY) benchmarks/cpu_matrix.py $(ARGS)
 
 lock: ## resolve requirements/cpu.lock again (Python 3.11)

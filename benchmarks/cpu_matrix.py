@@ -163,7 +163,7 @@ def main(
             each.wait().generate(demo.prompts("code")[-8:], max_tokens=16)
         for name, load in cells:
             progress.update(task, description=f"{name} c={load}")
-            count = max(2 * load, 3)
+            count = max(load, min(2 * load, 32))  # all at once at the top, in waves below
             runs = cell(anchor, dspark, lengths, prompts(name, count), load, tokens, repeats)
             results.append({"domain": name, "concurrency": load, "requests": count, "arms": figures(runs)})
             progress.advance(task)

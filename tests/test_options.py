@@ -126,8 +126,9 @@ def test_requests_are_checked_only_where_a_drafter_listens(method, refused):
     parameters = SimpleNamespace(extra_args={"dspark_policy": "sometimes"})
     config = None if method is None else SimpleNamespace(method=method)
     if refused:
-        with pytest.raises(ValueError, match="found 'sometimes'"):
+        with pytest.raises(ValueError, match="found 'sometimes'") as raised:
             verify(parameters, None, config)
+        assert isinstance(raised.value, pytest.importorskip("vllm.exceptions").VLLMClientError)  # 400 from the server
         assert not calls
     else:
         verify(parameters, None, config)

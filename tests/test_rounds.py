@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from vllm_dspark.engine.rounds import Rounds
+from vllm_dspark.engine.rounds import Rounds, Shared
 from vllm_dspark.verification.records import DraftDecision
 
 
@@ -127,3 +128,38 @@ def test_steps_that_say_nothing_about_decoding_are_not_timed():
     rounds.runner.input_batch.req_ids = ["c"]
     rounds.begin(99.0, [[5]], two[:1], k=7)  # another request: the engine may have stood idle
     assert len(policy.told("observe_step")) == 1
+
+
+class Group:
+    """Two ranks of one process: what the first sends, the second receives."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.sent: list[torch.Tensor] = []
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+        assert src == 0
+        if len(self.sent) % 2 == 0:
+            self.sent.append(tensor.clone())
+        else:
+            tensor.copy_(self.sent[-1])
+            self.sent.append(tensor)
+
+
+def test_every_rank_drafts_for_whom_rank_0_chose():
+    rounds, policy = make(a=request(), b=request(outputs=49), c=request())
+    policy.lengths = lambda confidences: np.array([2, 5])  # type: ignore[method-assign]
+    group = Group()
+    first, second = Shared(rounds, group, 8), Shared(None, group, 8)
+    for shared in (first, second):
+        shared.judged([0, 0, 0], 3)
+        rows = shared.begin(1.0, [[5]] * 3, np.array([20, 21, 22]), k=7)
+        assert rows.tolist() == [0, 2]
+        shared.end(2.0, 0.1)
+    assert first.lengths(np.full((2, 7), 0.5)).tolist() == [2, 5]
+    assert second.lengths(np.full((2, 7), 0.1)).tolist() == [7, 7]
+    assert len(policy.told("begin_round")) == 1
+    rounds.runner.requests["a"].output_token_ids += [5] * 49
+    for shared in (first, second):
+        assert shared.begin(3.0, [[5]] * 3, np.array([70, 21, 22]), k=7).tolist() == [2]

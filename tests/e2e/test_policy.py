@@ -71,7 +71,7 @@ def test_a_request_has_its_own_policy(engines: Engines, prompts: list[str], cach
     assert generate(dspark_max_draft_tokens=3).drafted > 0
     for wrong, found in (({"dspark_policy": "often"}, "often"), ({"dspark_max_draft_tokens": -2}, "-2")):
         problem = engine.refused(texts[0], extra_args=wrong)
-        assert problem.startswith("ValueError: dspark option")
+        assert problem.startswith("BadRequestOption: dspark option")
         assert found in problem
     assert generate(dspark_policy="off").token_ids == everything.token_ids
 

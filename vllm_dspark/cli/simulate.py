@@ -1,5 +1,6 @@
 """``vllm-dspark simulate``: what the policy would make of a load, on a cost table, without an engine."""
 
+import importlib.util
 import json
 import textwrap
 from collections.abc import Callable
@@ -35,6 +36,8 @@ def simulate(
     """Throughput and speed per user of no speculation, fixed k and the adaptive policy over concurrencies."""
     console = Console()
     try:
+        if plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: pip install 'vllm-dspark[plot]'")
         costs = library.table(table)
         points = _integers(concurrency, "--concurrency")
         low, high = _range(context)

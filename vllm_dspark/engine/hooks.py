@@ -244,6 +244,10 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("self", "model_config", "speculative_config"), replace=patches.verify_sampling_params,
     ),
     Hook(
+        "vllm.exceptions", "VLLMValidationError", purpose="answer such a request with 400", when=SAMPLING,
+        loses="per-request control", removal="with SamplingParams.verify", parameters=("message",),
+    ),
+    Hook(
         SAMPLING, "SamplingParams", purpose="a request's own options, and when it ends", loses="per-request control",
         removal="with SamplingParams.verify",
         parameters=("temperature", "max_tokens", "stop_token_ids", "ignore_eos", "extra_args"),
@@ -274,6 +278,10 @@ HOOKS: tuple[Hook, ...] = (
     _v1(
         SCHEDULED, "CachedRequestData", "how it goes on", "req_ids", "resumed_req_ids", "new_token_ids", "all_token_ids",
         "new_block_ids", "num_computed_tokens", "num_output_tokens", loses=NO_COSTS,
+    ),
+    _v1(
+        "vllm.distributed.parallel_state", "get_tp_group", "let rank 0 decide for all tensor-parallel ranks",
+        mentions=("_TP",), loses="DSpark with tensor parallelism on the V1 runner",
     ),
     _v1(f"{MODELS}.utils", "maybe_prefix", "keeps the Gemma 4 draft layers' names apart from the target's", "prefix", "name"),
     _v1(

@@ -135,10 +135,22 @@ def verify_sampling_params(original: Any) -> Any:
     @functools.wraps(original)
     def wrapper(self: Any, model_config: Any, speculative_config: Any, *args: Any, **kwargs: Any) -> Any:
         if speculative_config is not None and speculative_config.method == "dspark":
-            options.RequestOptions.of(self.extra_args)
+            try:
+                options.RequestOptions.of(self.extra_args)
+            except ValueError as error:
+                raise _bad_request(error) from None
         return original(self, model_config, speculative_config, *args, **kwargs)
 
     return wrapper
+
+
+def _bad_request(error: ValueError) -> Exception:
+    """The same error as the server's kind, answered with 400, that is still the ValueError a Python caller expects."""
+    from vllm.exceptions import VLLMValidationError
+
+    class BadRequestOption(VLLMValidationError, ValueError): ...
+
+    return BadRequestOption(str(error))
 
 
 def expand_batch_to_tokens(original: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from vllm_dspark.options import RequestOptions
@@ -151,6 +152,42 @@ class Rounds:
                 rows.append(row)
                 limits.append(min(k, left - 1) if context <= room else 0)
         return rows, limits, min(waiting, max(self.runner.max_num_tokens - len(rows), 0))
+
+
+class Shared:
+    """One decision for all tensor-parallel ranks: rank 0's, whose clock is the only one that counts.
+
+    Everybody must run the block forward for the same requests. Only rank 0's drafts reach the scheduler, so the others need
+    not know how many are verified.
+    """
+
+    def __init__(self, rounds: Rounds | None, group: Any, requests: int) -> None:
+        """Args: rounds: rank 0's; None on the others. group: the ranks. requests: most in a batch."""
+        self._rounds, self._group = rounds, group
+        self._drafting = torch.zeros(requests, dtype=torch.int32, device=group.device)
+        self._rows, self._k = 0, 0
+
+    def judged(self, drafts: Sequence[int], tokens: int) -> None:
+        if self._rounds is not None:
+            self._rounds.judged(drafts, tokens)
+
+    def begin(self, now: float, sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], k: int) -> Rows:
+        if self._rounds is not None:
+            self._drafting.zero_()
+            self._drafting[torch.from_numpy(self._rounds.begin(now, sampled, contexts, k))] = 1
+        self._group.broadcast(self._drafting, src=0)
+        chosen: Rows = self._drafting[: len(sampled)].cpu().numpy().nonzero()[0]
+        self._rows, self._k = chosen.size, k
+        return chosen
+
+    def lengths(self, confidences: NDArray[np.floating] | None) -> Rows:
+        if self._rounds is not None:
+            return self._rounds.lengths(confidences)
+        return np.full(self._rows, self._k, dtype=np.int64)
+
+    def end(self, now: float, seconds: float) -> None:
+        if self._rounds is not None:
+            self._rounds.end(now, seconds)
 
 
 class Served(NamedTuple):

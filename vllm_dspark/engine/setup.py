@@ -3,8 +3,10 @@
 import logging
 from typing import Any
 
+from vllm.distributed.parallel_state import get_tp_group
+
 from vllm_dspark.engine import profiling
-from vllm_dspark.engine.rounds import Rounds
+from vllm_dspark.engine.rounds import Decider, Rounds, Shared
 from vllm_dspark.options import DSparkOptions
 from vllm_dspark.verification import calibration
 from vllm_dspark.verification.cost import CostModel
@@ -29,9 +31,18 @@ def cost(proposer: Any) -> CostModel | None:
     options: DSparkOptions = proposer.options
     if options.policy != "adaptive":
         return None
-    table = profiling.table(proposer.runner, proposer, options.profile_seconds, options.cache_dir)
+    alone = proposer.vllm_config.parallel_config.world_size == 1  # ranks with a deadline each would part ways
+    table = profiling.table(proposer.runner, proposer, options.profile_seconds if alone else 0.0, options.cache_dir)
     requests = proposer.max_batch_size
     return CostModel(table, requests * (1 + proposer.num_speculative_tokens), requests)
+
+
+def decider(proposer: Any, costs: CostModel | None) -> Decider:
+    """Who decides for the proposer: its own policy, or rank 0's."""
+    if proposer.vllm_config.parallel_config.tensor_parallel_size == 1:
+        return rounds(proposer, costs)
+    group = get_tp_group()
+    return Shared(rounds(proposer, costs) if group.rank_in_group == 0 else None, group, proposer.max_batch_size)
 
 
 def rounds(proposer: Any, costs: CostModel | None) -> Rounds:

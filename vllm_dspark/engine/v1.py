@@ -70,7 +70,7 @@ class DSparkProposer(DFlashProposer):
         self._sampled: list[list[int]] = []
         self._warned_not_finite = False
         self.context = DeferredContext(self.write_context, setup.deferred_tokens(vllm_config))
-        self.rounds: Decider = setup.rounds(self, None)
+        self.rounds: Decider = setup.decider(self, None)
 
     def _raise_if_padded_drafter_batch_disabled(self) -> None:
         """The base class would refuse what this proposer is built on: exact lengths."""
@@ -85,7 +85,7 @@ class DSparkProposer(DFlashProposer):
 
     def start_policy(self) -> None:
         """Measure step times, if the policy needs them; the runner is ready and nobody is served yet."""
-        self.rounds = setup.rounds(self, setup.cost(self))
+        self.rounds = setup.decider(self, setup.cost(self))
 
     def prepare_next_token_ids_cpu(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> None:
         """Keep the tokens sampled; the anchors are made of them if anybody drafts."""

@@ -42,7 +42,7 @@ class Plan:
         adaptive: which rows of the decision are, ``(n,)``. floor: see :func:`scheduler.synchronous`.
         lengths, conditional, raw, good: per row of the decision, once drafted. expected: drafts of it expected to be
             accepted, ``(n,)``. accepted: drafts of adaptive requests that were. seconds: predicted of the round as drafted.
-        survivals: of the rounds of this decision that the history has not learned from yet.
+        survivals: of the rounds of this decision that the history has not learned from yet, the last of them ``drawn``.
     """
 
     requests: Sequence[str]
@@ -68,6 +68,7 @@ class Plan:
     accepted: float | None = None
     seconds: float = 0.0
     survivals: list[Survival] = field(default_factory=list)
+    drawn: int = 0
     _places: dict[str, int] | None = None
     _curve: Floats | None = None
 

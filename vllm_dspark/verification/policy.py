@@ -189,8 +189,7 @@ class Policy:
             return "guarded"
         doubtful = found.gain < 2.0 * found.deviation and found.deviation > 0.03
         if doubtful and self.round - self._checked >= min(_CHECK, 2 + self._explored):
-            self._checked = self.round
-            self._explored += 1
+            self._checked, self._explored = self.round, self._explored + 1
             return "measuring no drafting"
         return "pays"
 
@@ -280,6 +279,7 @@ class Policy:
         plan.lengths = lengths = self._allot(plan, survival, caps, budget)
         plan.expected = (survival * (np.arange(self.width) < (lengths * plan.adaptive)[:, None])).sum(axis=1, dtype=np.float64)
         plan.survivals.append(survival)
+        plan.drawn = self.round
         if not plan.good.all():
             self._learn_yields()
         return lengths
@@ -289,11 +289,9 @@ class Policy:
         plan = self._plan
         if plan is None or not plan.survivals:
             return
-        slots, survival = plan.slots[plan.decision.rows], np.array(plan.survivals, dtype=np.float64)
-        last = self.round if plan.lengths is not None else self.round - 1
-        good = plan.good
-        self.history.drew(slots[good], survival[:, good], last, settled=plan.raw is None)
+        slots, survival = plan.slots[plan.decision.rows][plan.good], np.array(plan.survivals, dtype=np.float64)[:, plan.good]
         plan.survivals.clear()
+        self.history.drew(slots, survival, plan.drawn, settled=plan.raw is None)
 
     def _allot(self, plan: Plan, survival: Survival, caps: Rows, budget: int | None) -> Rows:
         lengths = np.where(plan.adaptive, 0, self._fixed(caps))
