@@ -76,7 +76,7 @@ def test_a_request_has_its_own_policy(engines: Engines, prompts: list[str], cach
     assert generate(dspark_policy="off").token_ids == everything.token_ids
 
 
-@pytest.mark.parametrize("concurrency", [1, 16])
+@pytest.mark.parametrize("concurrency", [pytest.param(1, marks=pytest.mark.slow), 16])
 def test_greedy_output_is_identical_whoever_drafts_how_much(
     engines: Engines, expected: Run, prompts: list[str], concurrency: int
 ) -> None:

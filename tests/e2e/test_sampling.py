@@ -113,7 +113,9 @@ def test_stopping_early_is_lossless(pair: tuple[Path, Path], exact: torch.Tensor
     assert statistic(tokens, exact) < LIMIT
 
 
-@pytest.mark.parametrize("mutation", ["search_past_the_stop", "decide_with_this_rounds_tokens"])
+@pytest.mark.parametrize(
+    "mutation", ["search_past_the_stop", pytest.param("decide_with_this_rounds_tokens", marks=pytest.mark.slow)]
+)
 def test_the_test_fails_when_lengths_depend_on_what_was_drafted(
     pair: tuple[Path, Path], exact: torch.Tensor, mutation: str
 ) -> None:
