@@ -164,6 +164,7 @@ def save_drafter(drafter: Drafter, target: Qwen3Config, folder: Path) -> None:
         "markov_rank": own.markov_rank, "enable_confidence_head": True,
         "confidence_head_with_markov": own.confidence_head_with_markov,
     }  # fmt: skip
+    config.pop("_name_or_path", None)  # where the target lay on this machine
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
