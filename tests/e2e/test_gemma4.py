@@ -9,6 +9,7 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from vllm_dspark.engine.session import EngineProcess, Run
 
+from .conftest import speculative
 from .ties import unexplained
 
 pytestmark = pytest.mark.e2e
@@ -49,8 +50,7 @@ def plain(target: Path) -> Run:
 @pytest.mark.parametrize("head", ["gated", "rnn"])
 def test_gemma4_drafts_and_stays_identical(target: Path, plain: Run, tmp_path: Path, head: str) -> None:
     drafter = write_drafter(tmp_path / "drafter", head=head, family="gemma4", vocab_size=VOCABULARY, block_size=5)
-    speculative = {"method": "dspark", "model": str(drafter), "num_speculative_tokens": 5}
-    run = generate(target, speculative_config=speculative)
+    run = generate(target, speculative_config=speculative(drafter, k=5))
     problems, _ = unexplained(plain, run.token_ids, 40)
     assert not problems, problems
     assert run.drafts > 40

@@ -91,10 +91,8 @@ def test_greedy_output_is_identical_whoever_drafts_how_much(
 
 def test_drafting_resumes_undiminished_after_200_tokens_off(engines: Engines) -> None:
     """The drafter's context was kept up all the while: drafts are those it makes with a context written by prefill."""
-    options = {**COMMON, "enable_prefix_caching": False}
-    engine = engines.get(
-        **options, prepare="mutations:off_for_200_tokens", speculative_config=speculative(demo.drafter("gated"))
-    )
+    options = {**COMMON, "enable_prefix_caching": False, "speculative_config": speculative(demo.drafter("gated"))}
+    engine = engines.get(**options, prepare="mutations:off_for_200_tokens")
     prompts = [text for domain in ("arithmetic", "records") for text in demo.prompts(domain)[:12]]
     late = engine.generate(prompts, max_tokens=296, concurrency=6)
     assert late.drafts > 100

@@ -216,6 +216,48 @@ def test_fit_tells_requests_and_verification_from_tokens():
     assert found.verifying_per_request == pytest.approx(6e-5, rel=0.05)
 
 
+def test_a_busy_machine_is_noticed_and_its_slow_steps_do_not_count():
+    def sample(tokens, seconds):
+        return StepTiming(tokens, 1, 64.0, seconds, None, 1, 64.0, 0.003)
+
+    quiet = [sample(tokens, 0.01 * slow) for tokens in (1, 4, 8) for slow in (1.0, 1.02, 1.1, 9.0)]
+    busy = [sample(tokens, 0.01 * slow) for tokens in (1, 4, 8) for slow in (1.0, 1.02, 2.0, 3.0)]
+    assert not profile.disturbed(quiet)
+    assert profile.disturbed(busy)
+    assert profile.fit(busy).seconds == pytest.approx([0.01] * 3, rel=0.02)
+
+
+def test_a_step_far_too_short_is_believed_and_one_far_too_long_is_not():
+    table = CostTable((1, 64), (0.010, 0.020), (1, 64), (0.002, 0.003))
+    short, long = CostModel(table, 64, 64), CostModel(table, 64, 64)
+    shape = StepTiming(4, 4, 0.0, 1.0)
+    before, _ = short.step(shape)
+    assert not long.observe(dataclasses.replace(shape, target_seconds=6 * before))
+    assert long.step(shape)[0] == before
+    assert short.observe(dataclasses.replace(shape, target_seconds=before / 6))
+    assert short.step(shape)[0] < 0.6 * before
+    for _ in range(30):
+        short.observe(dataclasses.replace(shape, target_seconds=before / 6))
+    assert short.step(shape)[0] == pytest.approx(before / 6, rel=0.2)
+
+
+def test_an_early_error_is_shared_and_a_late_one_is_not():
+    table = CostTable((1, 64), (0.010, 0.020), (1, 64), (0.002, 0.003))
+    model = CostModel(table, 64, 64)
+    drafting = StepTiming(16, 4, 0.0, 1.0, None, 4, 0.0, 1.0)
+
+    def timing(shape, slow):
+        target, draft = model.step(shape)
+        return dataclasses.replace(shape, target_seconds=slow * target, draft_seconds=slow * draft)
+
+    early = model.shared_error(timing(drafting, 1.3), 4)
+    assert 0.5 * np.log(1.3) < early < np.log(1.3)
+    for _ in range(200):
+        for shape in (drafting, StepTiming(4, 4, 0.0, 1.0)):
+            model.observe(timing(shape, 1.0))
+    assert abs(model.shared_error(timing(drafting, 1.3), 4)) < 0.5 * early
+
+
 def test_fit_needs_samples():
     with pytest.raises(ValueError, match="wanted at least one"):
         profile.fit([StepTiming(4, 4, 0.0, 0.01)])

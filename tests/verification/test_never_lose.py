@@ -122,6 +122,16 @@ def test_a_table_wrong_by_thirty_percent_is_corrected(curve, wrong):
     assert result.explained["target_error"] < 0.08
 
 
+@pytest.mark.parametrize("wrong", [(4.0, 4.0), (4.0, 1.0), (1.0, 6.0)])
+@pytest.mark.parametrize("name", ["code", "prose"])
+def test_a_table_from_a_busy_machine_does_not_keep_drafting_off(name, wrong):
+    """Times far too long, of everything or of drafting alone: the first few steps, or probes, show it."""
+    right = table("linear")
+    trace = traces.synthetic(64, [name], tokens=60, seed=2)
+    world = World(right, noise=0.05, stalls=0.02)
+    check(simulate(trace, world, concurrency=8 if name == "code" else 1, rounds=500, believed=mistaken(right, *wrong, 0.0)))
+
+
 @pytest.mark.parametrize("period", [40, 150])
 def test_never_loses_to_off_when_everything_switches_at_once(period):
     trace = traces.synthetic(64, ["records", "prose"], tokens=400, period=period, seed=4)

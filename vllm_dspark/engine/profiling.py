@@ -6,10 +6,11 @@ set up. Nobody else is served yet, and the cache blocks used are handed out agai
 
 import hashlib
 import logging
+import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import vllm_dspark
 from vllm_dspark.engine import hooks
 from vllm_dspark.engine.rounds import NOBODY
 from vllm_dspark.verification import profile
-from vllm_dspark.verification.cost import CostTable, StepTiming
+from vllm_dspark.verification.cost import CostModel, CostTable, StepTiming
 from vllm_dspark.verification.records import Rows
 
 logger = logging.getLogger("vllm.dspark")
@@ -31,6 +32,7 @@ logger = logging.getLogger("vllm.dspark")
 SHORT, LONG = 64, 4096  # tokens of context profiled
 STEPS = 3  # timed steps of every shape in a pass, after one that is not
 PASSES = 2
+FASTER = 0.6  # of the time in a table: the table was measured while the machine was busy
 UPKEEP_TOKENS = 256  # context tokens written at once to time that
 
 # Where nothing was measured: a step of 10 ms. Serving corrects it within some dozens of steps.
@@ -66,25 +68,33 @@ def _device() -> str:
 
 
 def table(runner: Any, proposer: Any, seconds: float, folder: str | None) -> CostTable:
-    """Step times from the cache, or measured within ``seconds`` and put there; a guess if neither works."""
+    """Step times from the cache, or measured within ``seconds`` and put there; a guess if neither works.
+
+    Times from the cache that the engine beats by far were measured on a busy machine, and are measured again.
+    """
     depends = key(runner.vllm_config, proposer.draft_model_config, proposer.queries)
     path = Path(folder).expanduser() if folder else _user_cache()
     path /= f"steps-{_digest(str(depends))}.json"
-    if (found := CostTable.load(path, depends)) is not None:
-        logger.info("DSpark step times: from %s", path)
-        return found
+    kept = CostTable.load(path, depends)
     if seconds <= 0:
-        logger.info("DSpark step times: not measured (profile_seconds is 0); serving will teach them")
-        return GUESS
+        logger.info("DSpark step times: %s", f"from {path}" if kept else "not measured; serving will teach them")
+        return kept or GUESS
     began = time.perf_counter()
-    logger.info("DSpark step times: measuring, for at most %.0f s (see the option profile_seconds)", seconds)
     try:
         with torch.random.fork_rng(devices=[]):
-            found = Profiler(runner, proposer).table(began + seconds)
+            if kept is not None and not Profiler(runner, proposer).beats(kept):
+                logger.info("DSpark step times: from %s", path)
+                return kept
+            logger.info("DSpark step times: measuring, for at most %.0f s (see the option profile_seconds)", seconds)
+            profiler = Profiler(runner, proposer)
+            found = profiler.table(began + seconds)
     except Exception as error:
         logger.warning("DSpark step times cannot be measured (%s: %s); serving will teach them", type(error).__name__, error)
-        return GUESS
+        return kept or GUESS
     logger.info("DSpark step times: %d sizes in %.1f s", len(found.sizes), time.perf_counter() - began)
+    if profile.disturbed(profiler.samples):
+        logger.warning("DSpark step times: the machine was busy while they were measured; they are not kept for the next start")
+        return found
     try:
         found.save(path, depends)
     except OSError as error:
@@ -136,17 +146,25 @@ class Profiler:
         Raises:
             ValueError: there was not even time for one step with drafts and one without.
         """
+        self._measure(self._shapes(), deadline)
+        return profile.fit(self.samples, context_per_token=self._upkeep(), label=f"measured on {_device()}")
+
+    def beats(self, table: CostTable) -> bool:
+        """Whether one request, with drafts or without, is served far faster than this table has it. Warms the engine up."""
+        self._measure([(1, drafts, SHORT) for drafts in (0, self.width)])
+        model = CostModel(table, 1 + self.width, 1)
+        return any(sample.target_seconds + sample.draft_seconds < FASTER * sum(model.step(sample)) for sample in self.samples)
+
+    def _measure(self, shapes: Iterable[tuple[int, int, int]], deadline: float = math.inf) -> None:
         script = Script()
         usual, self.proposer.rounds = self.proposer.rounds, script
         try:
-            for requests, drafts, context in self._shapes():
+            for requests, drafts, context in shapes:
                 if time.perf_counter() > deadline:
                     break
                 self._shape(script, requests, drafts, context)
-            upkeep = self._upkeep()
         finally:
             self.proposer.rounds = usual
-        return profile.fit(self.samples, context_per_token=upkeep, label=f"measured on {_device()}")
 
     def _shapes(self) -> Iterator[tuple[int, int, int]]:
         """(requests, drafts of each, context), the most telling first."""

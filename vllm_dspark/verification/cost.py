@@ -249,6 +249,17 @@ class CostModel:
             self._rebuild()
         return used
 
+    def shared_error(self, timing: StepTiming, tokens: int) -> float:
+        """What a measured step says about one of ``tokens`` without drafts: the expected error (log) of its prediction.
+
+        While little is known, most of an error is the machine's, whatever the step; later every size stands for itself.
+        """
+        target, draft = self.step(timing)
+        row = self.target_row(timing, target)
+        return self.target.shared(
+            row, self.target.weights(tokens), math.log((timing.target_seconds + timing.draft_seconds) / (target + draft))
+        )
+
     def target_row(self, timing: StepTiming, seconds: float) -> Floats:
         """Row of the target's correction for a step that takes ``seconds`` (see :meth:`Corrector.weights`)."""
         t = self.table

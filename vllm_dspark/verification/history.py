@@ -22,6 +22,7 @@ THRESHOLDS: Floats = np.array([0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.
 PRIOR_ACCEPTANCE = 0.75  # of a draft of an unknown fleet: hopeful, so that drafting is tried
 _MEMORY = 16.0  # draft rounds a request's averages reach back
 _HOPE = 2.0  # requests that the prior counts in what is expected of a request nobody has looked at
+_FLEET_PRIOR = 4.0  # draft rounds that the prior counts in the fleet's average
 _FLEET_MEMORY = 192.0  # draft rounds that the fleet's reach back, unless more come at once
 _STALE, _FLEET_STALE = 32.0, 128.0  # rounds without drafting after which old averages count half against a new draft round
 _KEPT = 256.0  # and after which a request's count half while there is none
@@ -61,7 +62,7 @@ class History:
         number, gain = yields(prior[None, :])
         self.fleet_number, self.fleet_gain, self.fleet_mean = number[0], gain[0], prior
         self._prior_number, self._prior_gain = number[0], gain[0]
-        self.fleet_weight = 0.0
+        self.fleet_weight = _FLEET_PRIOR
         self.fleet_last = 0
         self.drafted = self.looked = 0  # draft rounds, and requests that had at least one
         self.within, self.first = _WITHIN, _FIRST
@@ -150,7 +151,7 @@ class History:
             off = ((level - own) ** 2 * weight / (weight + 1.0))[seen]
             variance = float(np.minimum(off, _JUMP * self.within).sum()) / count
             self.within += count / (count + _WITHIN_MEMORY) * (variance - self.within)
-        if count < level.size and self.fleet_weight and new.any():
+        if count < level.size and self.drafted and new.any():
             off = (level[new] - self.fleet_gain[0]) ** 2
             self._firsts = min(self._firsts + off.size, max(_FIRST_MEMORY[1], off.size))
             self.first += off.size / self._firsts * (float(off.mean()) - self.first)

@@ -73,9 +73,9 @@ class Ledger:
         """Whether a round that may lose ``expected_loss`` still leaves the balance above the limit."""
         return self.balance - expected_loss >= self.limit
 
-    def may_probe(self, seconds: float) -> bool:
-        """Whether probing for this long stays within its share of time."""
-        return seconds <= self.credit and self.may_speculate(seconds)
+    def may_probe(self, seconds: float, reserve: float = 1.0) -> bool:
+        """Whether probing for this long stays within its share of time, which must hold ``reserve`` times as much."""
+        return reserve * seconds <= self.credit and self.may_speculate(seconds)
 
 
 class Yield:

@@ -9,6 +9,7 @@ same calls give the same answers, so ranks that are given rank 0's timings agree
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -35,6 +36,8 @@ _ADAPTIVE, _FIXED, _OFF = range(3)
 _TRIAL = 32  # requests that draft together until so many have
 _MANY = 16  # requests from which their last survivals together stand for this round's
 _CHECK = 8  # rounds between two that only measure what not drafting takes
+_STALL = 1.25  # longest that a stalled step counts against drafting, times what was expected
+_SHARED = 0.7  # largest error (log) of the expected time that is put down to the machine being slower or faster today
 _LINGER, _PATIENCE = 0.04, 32  # promised loss (log) at which drafting goes on for so many rounds, if earlier gains pay for it
 _NOBODY: Rows = np.zeros(0, dtype=np.int64)
 
@@ -342,19 +345,26 @@ class Policy:
             self.sts.tick()
 
     def _observe_step(self, plan: Plan, cost: CostModel, timing: StepTiming) -> None:
-        if cost.wants(timing) and not cost.observe(timing):
-            self.counters["steps ignored as outliers"] += 1
+        shared, most = 0.0, 2.0
+        if cost.wants(timing):
+            shared = cost.shared_error(timing, plan.tokens)
+            if not cost.observe(timing):
+                self.counters["steps ignored as outliers"] += 1
+                most = _STALL
         if not plan.off_seconds:
             return
         if plan.lengths is None or not plan.adaptive.any():
             self.ledger.spent(plan.off_seconds, plan.off_seconds)
             return
-        spent, measured = plan.seconds, timing.target_seconds + timing.draft_seconds
+        if plan.probe_seconds and timing.draft_seconds < 0.5 * plan.draft_seconds:  # not nearly as dear as was feared
+            self.ledger.probed(plan.probe_seconds * (timing.draft_seconds / plan.draft_seconds - 1.0))
+        off, spent, measured = plan.off_seconds, plan.seconds, timing.target_seconds + timing.draft_seconds
         if timing.tokens == plan.tokens + int(plan.lengths.sum()):  # as planned: the clock knows better, but for stalls
-            spent = min(max(measured, 0.5 * spent), 2.0 * spent)
+            spent = min(max(measured, 0.5 * spent), most * spent)
+            off *= math.exp(min(max(shared, -_SHARED), _SHARED))
         gained = self._yield.gained(float(plan.expected.sum()), plan.accepted)
         self.ledger.spent(spent, plan.off_seconds)
-        self.ledger.saved(plan.off_seconds * (1.0 + gained / max(plan.load.sure_yield, 1.0)) - spent)
+        self.ledger.saved(off * (1.0 + gained / max(plan.load.sure_yield, 1.0)) - spent)
 
     def _guarded(self, learn: Callable[..., None], *arguments: Any) -> None:
         try:

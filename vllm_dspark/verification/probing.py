@@ -98,7 +98,7 @@ class Probing:
         reserve = 1.0 if (last == _NEVER).any() else 3.0  # a second look must leave enough for the next first ones
         self.least = seconds(1)
         count = int(waiting.size)
-        while count and not ledger.may_probe(reserve * seconds(count)):
+        while count and not ledger.may_probe(seconds(count), reserve):
             count //= 2
         if alone:
             self.fleet_interval = min(self.fleet_interval * 2, _FLEET_LONGEST) if count else self.fleet_interval

@@ -1,4 +1,4 @@
-"""A cost table from measured steps: medians per size, context terms by least squares, sizes made monotone."""
+"""A cost table from measured steps: lower quartiles per size, context terms by least squares, sizes made monotone."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -9,15 +9,17 @@ import numpy as np
 from vllm_dspark.verification.cost import CostTable, StepTiming
 from vllm_dspark.verification.survival import Floats
 
+_DISTURBED = 1.3  # median step of a shape over its fastest
+
 
 def fit(
     samples: Iterable[StepTiming], captured: int = 0, draft_captured: int = 0, label: str = "", **fixed: float
 ) -> CostTable:
     """Fit a table to profile samples.
 
-    Several samples of one shape count by their median, so a stall among them does no harm. The context terms need at least
-    two contexts at some size; without them they are 0. Samples that drafted give the draft curve; target seconds of samples
-    without drafts should not contain the upkeep of context K/V, which goes in as ``context_only=…``.
+    Several samples of one shape count by their lower quartile: what disturbs a step makes it longer. The context terms need
+    at least two contexts at some size; without them they are 0. Samples that drafted give the draft curve; target seconds of
+    samples without drafts should not contain the upkeep of context K/V, which goes in as ``context_only=…``.
 
     Args:
         captured, draft_captured: largest padded sizes, in tokens and in requests. fixed: further fields of :class:`CostTable`.
@@ -49,6 +51,14 @@ def fit(
     )  # fmt: skip
 
 
+def disturbed(samples: Iterable[StepTiming]) -> bool:
+    """Whether most shapes took much longer than their fastest step half of the time: the machine was busy with other things."""
+    shapes: defaultdict[tuple[float, ...], list[float]] = defaultdict(list)
+    for s in samples:
+        shapes[s.tokens, s.requests, s.drafted, s.context].append(s.target_seconds + s.draft_seconds)
+    return bool(shapes) and float(np.median([np.median(times) / min(times) for times in shapes.values()])) > _DISTURBED
+
+
 def _token_context(sample: StepTiming) -> float:
     if sample.token_context is not None:
         return sample.token_context
@@ -61,7 +71,7 @@ def _fit_curve(rows: Sequence[tuple[float, ...]]) -> tuple[tuple[int, ...], tupl
     shapes: defaultdict[tuple[float, ...], list[float]] = defaultdict(list)
     for row in rows:
         shapes[row[:-1]].append(row[-1])
-    points = np.array([(*shape, float(np.median(times))) for shape, times in sorted(shapes.items())])
+    points = np.array([(*shape, float(np.quantile(times, 0.25))) for shape, times in sorted(shapes.items())])
     slopes = _slopes(points, terms)
     rest = points[:, -1] - points[:, 1 : 1 + terms] @ slopes
     sizes = np.unique(points[:, 0])

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from vllm_dspark.verification.survival import Floats
 
 _COMMON, _LOCAL, _REACH = 0.25, 0.15, 2.0  # prior: shared and local log error of a table, and how many octaves it reaches
-_MAX_STEP = 0.1  # largest change of a log correction per update
+_MAX_STEP, _MAX_DROP = 0.1, 0.7  # largest change of a log correction per update, and after one far too short
 _MAX_TOTAL = 3.0  # largest log correction: a table is at most 20x off
 _NOISE = (0.01, 0.10, 0.30)  # measurement noise of one step, log units: least, first, most
-_STRIKES = 12  # that many outliers in a row on one side are a new regime, not stalls
+_STRIKES = 12  # that many steps in a row that are far too long are a new regime, not stalls
 _RECENT = 256  # errors kept for the quantile
 
 
@@ -66,21 +66,28 @@ class Corrector:
         """Variance of the log correction h · state, or of a difference of two."""
         return max(float(row @ self.covariance @ row), 0.0)
 
+    def shared(self, row: Floats, other: Floats, log_ratio: float) -> float:
+        """Expected log error of a step with row ``other``, given that of one with ``row``."""
+        direction = self.covariance @ row
+        return float(other @ direction) / (float(row @ direction) + self.noise) * log_ratio
+
     def update(self, row: Floats, log_ratio: float) -> bool:
         """Learn from log(measured / corrected prediction) of one step; False if it was ignored as an outlier.
 
-        Beyond 4 standard deviations the step is taken for a stall or a compilation, unless many follow on the same side;
-        beyond 2 its pull no longer grows (Huber).
+        Beyond 4 standard deviations a longer step is taken for a stall or a compilation, unless many follow; a shorter one is
+        believed, as nothing shortens a step by accident. Beyond 2 its pull no longer grows (Huber).
         """
         if not np.isfinite(log_ratio):
             self.ignored += 1
             return False
         direction = self.covariance @ row
         spread = float(np.sqrt(row @ direction + self.noise))
+        most = _MAX_STEP
         if abs(log_ratio) > 4.0 * spread:
-            side = 1 if log_ratio > 0 else -1
-            self._strikes = self._strikes + side if self._strikes * side >= 0 else side
-            if abs(self._strikes) < _STRIKES:
+            self._strikes += 1
+            if log_ratio < 0:
+                most = _MAX_DROP
+            elif self._strikes < _STRIKES:
                 self.ignored += 1
                 return False
             self.covariance = self.prior.copy()  # what was known no longer holds
@@ -93,9 +100,9 @@ class Corrector:
         step = gain * pull
         largest = float(np.abs(step).max())
         followed = pull / log_ratio if log_ratio else 1.0
-        if largest > _MAX_STEP:
-            step *= _MAX_STEP / largest
-            followed *= _MAX_STEP / largest
+        if largest > most:
+            step *= most / largest
+            followed *= most / largest
         self.mean = np.clip(self.mean + step, -_MAX_TOTAL, _MAX_TOTAL)
         self.covariance -= followed * np.outer(gain, direction)  # what was held back is not known either
         self.covariance += self.forgetting * (self.prior - self.covariance)
