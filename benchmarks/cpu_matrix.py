@@ -1,11 +1,13 @@
 """Domain x concurrency x arm on the bundled pair: is the policy ever slower than not speculating, or than the best fixed k?
 
-    python benchmarks/cpu_matrix.py                              # every cell, about 40 minutes on two cores
+    python benchmarks/cpu_matrix.py                              # every cell, about an hour on two cores
     python benchmarks/cpu_matrix.py --domain records --concurrency 8 --repeats 5
 
 One engine serves all arms side by side, told apart by each request's own options; a second engine, without the plugin, is the
-anchor. Arms take turns in an order that rotates, so that a ratio compares runs that stood next to each other. Figures are
-medians over the repeats of ratios within a repeat; spreads are quartiles.
+anchor, and a third one like it the control: two engines that should be equally fast can differ by 10 % for as long as they
+live. So the repeats are spread over several sets of fresh engines, and the control's spread says what a ratio is worth. Arms
+take turns in an order that rotates, so that a ratio compares runs that stood next to each other. Figures are medians over the
+repeats of ratios within a repeat; spreads are quartiles.
 """
 
 import datetime
@@ -28,7 +30,7 @@ from rich.table import Table
 from vllm_dspark import demo
 from vllm_dspark.engine.session import EngineProcess, Run
 
-ANCHOR, OFF, ADAPTIVE = "no plugin", "off", "adaptive"
+ANCHOR, CONTROL, OFF, ADAPTIVE = "no plugin", "control", "off", "adaptive"
 MIXED = "mixed"
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,14 +46,20 @@ def engine(head: str | None, compiled: bool) -> EngineProcess:
     return EngineProcess(**options, speculative_config=speculative)
 
 
+def count(load: int) -> int:
+    """Requests of a cell: all at once at the top, in waves below."""
+    return max(load, min(2 * load, 32))
+
+
 def fixed(k: int) -> str:
     return f"k={k}"
 
 
 def arms(drafts: list[int]) -> dict[str, dict[str, Any] | None]:
-    """The extra arguments of each arm's requests; None for the anchor."""
+    """The extra arguments of each arm's requests; None where there is no plugin."""
     return {
         ANCHOR: None,
+        CONTROL: None,
         OFF: {"dspark_policy": "off"},
         **{fixed(k): {"dspark_policy": "fixed", "dspark_max_draft_tokens": k} for k in drafts},
         ADAPTIVE: {},
@@ -80,17 +88,16 @@ def prompts(domain: str, count: int) -> list[str]:
 
 
 def cell(
-    anchor: EngineProcess, dspark: EngineProcess, drafts: list[int], texts: list[str], load: int, tokens: int, repeats: int
+    engines: dict[str | None, EngineProcess], drafts: list[int], texts: list[str], load: int, tokens: int, repeats: range
 ) -> dict[str, list[Run]]:
-    """Every arm once per repeat, in an order that rotates."""
+    """Every arm once per repeat, in an order that rotates; ``engines`` by arm, None: all others."""
     runs: dict[str, list[Run]] = {name: [] for name in arms(drafts)}
     names = list(runs)
-    for repeat in range(repeats):
+    for repeat in repeats:
         shift = repeat % len(names)
         for name in names[shift:] + names[:shift]:
-            own = arms(drafts)[name]
-            where = anchor if own is None else dspark
-            runs[name].append(where.generate(texts, max_tokens=tokens, concurrency=load, extra_args=own or None))
+            where = engines[name if name in engines else None]
+            runs[name].append(where.generate(texts, max_tokens=tokens, concurrency=load, extra_args=arms(drafts)[name] or None))
     return runs
 
 
@@ -124,7 +131,7 @@ def _spread(ratios: list[float]) -> dict[str, float]:
 
 def show(results: list[dict[str, Any]], console: Console) -> None:
     names = [row["arm"] for row in results[0]["arms"] if row["arm"] != ANCHOR]
-    table = Table(title="Throughput relative to vLLM without the plugin (median of paired ratios, quartiles for adaptive)")
+    table = Table(title="Throughput relative to vLLM without the plugin (medians of paired ratios; quartiles for adaptive)")
     for name in ("domain", "c", "tok/s", *names, "adaptive / best fixed"):
         table.add_column(name, justify="left" if name == "domain" else "right")
     for entry in results:
@@ -146,6 +153,7 @@ def main(
     drafts: Annotated[list[int] | None, typer.Option(help="fixed k to compare with; repeat for several")] = None,
     tokens: Annotated[int, typer.Option(help="tokens generated for each request")] = 96,
     repeats: Annotated[int, typer.Option(help="runs of every arm in every cell")] = 9,
+    sets: Annotated[int, typer.Option(help="sets of fresh engines that the repeats are spread over")] = 3,
     compiled: Annotated[bool, typer.Option(help="let vLLM compile the models, as it does by default")] = False,
     out: Annotated[Path, typer.Option(help="where the JSON goes")] = RESULTS / "cpu_matrix.json",
 ) -> None:
@@ -155,22 +163,31 @@ def main(
     cells = [(name, load) for name in domain or demo.DOMAINS for load in loads]
     if domain is None:
         cells.append((MIXED, max(loads)))
-    results = []
-    with ExitStack() as stack, Progress(console=console) as progress:
-        task = progress.add_task("starting engines", total=len(cells))
-        anchor, dspark = (stack.enter_context(engine(name, compiled)) for name in (None, head))
-        for each in (anchor, dspark):
-            each.wait().generate(demo.prompts("code")[-8:], max_tokens=16)
-        for name, load in cells:
-            progress.update(task, description=f"{name} c={load}")
-            count = max(load, min(2 * load, 32))  # all at once at the top, in waves below
-            runs = cell(anchor, dspark, lengths, prompts(name, count), load, tokens, repeats)
-            results.append({"domain": name, "concurrency": load, "requests": count, "arms": figures(runs)})
-            progress.advance(task)
+    runs: dict[tuple[str, int], dict[str, list[Run]]] = {key: {name: [] for name in arms(lengths)} for key in cells}
+    with Progress(console=console) as progress:
+        task = progress.add_task("", total=len(cells) * sets)
+        for number in range(sets):
+            progress.update(task, description=f"starting engines, set {number + 1} of {sets}")
+            share = range(repeats * number // sets, repeats * (number + 1) // sets)
+            with ExitStack() as stack:
+                names = {ANCHOR: None, CONTROL: None, None: head}
+                engines = {arm: stack.enter_context(engine(name, compiled)) for arm, name in names.items()}
+                for each in engines.values():
+                    each.wait().generate(demo.prompts("code")[-8:], max_tokens=16)
+                for name, load in cells:
+                    progress.update(task, description=f"set {number + 1} of {sets}: {name} c={load}")
+                    texts = prompts(name, count(load))
+                    for arm, done in cell(engines, lengths, texts, load, tokens, share).items():
+                        runs[name, load][arm] += done
+                    progress.advance(task)
+    results = [
+        {"domain": name, "concurrency": load, "requests": count(load), "arms": figures(runs[name, load])}
+        for name, load in cells
+    ]
     show(results, console)
     record = {
         "date": datetime.date.today().isoformat(), "machine": machine(), "head": head, "compiled": compiled,
-        "tokens": tokens, "repeats": repeats, "cells": results,
+        "tokens": tokens, "repeats": repeats, "sets": sets, "cells": results,
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n")
