@@ -10,6 +10,7 @@ import json
 import logging
 import subprocess
 import sys
+import textwrap
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ MODULES = (
     "vllm.v1.worker.gpu_worker",
     hooks.RUNNER,
     "vllm.v1.worker.cpu_worker",
+    hooks.SPECULATOR,
 )
 # vLLM's public interface, used by whoever starts an engine; an error there is plain to see.
 PUBLIC = {("vllm", "LLM"), ("vllm", "SamplingParams")}
@@ -100,7 +102,7 @@ def place(hook: Hook) -> tuple[Any, str]:
 
 
 def test_every_module_that_the_ledger_waits_for_is_driven_here():
-    assert {hook.when or hook.module for hook in HOOKS} == set(MODULES)
+    assert {module for hook in HOOKS for module in hook.moments} == set(MODULES)
 
 
 def test_with_everything_in_its_place_every_replacement_is_made_once(ledger):
@@ -151,9 +153,12 @@ assert "vllm" not in sys.modules
 import vllm.config
 import vllm.engine.arg_utils
 from vllm_dspark.engine import hooks
+entrance = len(hooks._replaced)
+hooks.activate()
 early = len(hooks._replaced)
 register()
-for name in (workers[0], runner, workers[1]):
+hooks.activate()
+for name in (workers[0], runner, workers[1], hooks.SPECULATOR):
     importlib.import_module(name)
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -169,6 +174,7 @@ standing = {
 }
 wrapped = dict.fromkeys(standing, "__wrapped__") | {"proposer": "__base__", "lookahead": ""}
 print(json.dumps({
+    "entrance": entrance,
     "early": early,
     "replaced": len(hooks._replaced),
     "untouched": sorted(name for name in originals if standing[name] is originals[name]),
@@ -198,6 +204,7 @@ def test_registered_then_imported_each_symbol_is_replaced_once(vllm):
 def test_registered_then_imported_broken_vllm_is_as_it_was(vllm):
     """The runner comes last, when the others have been replaced already."""
     found = in_a_fresh_process(broken=True)
+    assert found["entrance"] == 1
     assert found["early"] == 4
     assert found["replaced"] == 0
     assert found["untouched"] == found["all"]
@@ -256,7 +263,7 @@ BREAKAGES: list[tuple[Callable[[pytest.MonkeyPatch, Hook], None], list[Hook]]] =
     (another_signature, list(HOOKS)),
     (not_callable, list(HOOKS)),
     (another_body, [hook for hook in HOOKS if hook.mentions]),
-    (module_moved, [hook for hook in HOOKS if (hook.when or hook.module) != hook.module]),
+    (module_moved, [hook for hook in HOOKS if hook.module not in hook.moments]),
 ]
 
 
@@ -413,21 +420,27 @@ def test_names_in_comprehensions_and_behind_decorators_count_as_mentioned(made):
 # -- what stands in place of vLLM's symbols --
 
 
-def config(method: str | None, *, v2: bool = False, k: int = 3, block: int = 7, pcp: int = 1) -> Any:
+def config(
+    method: str | None, *, v2: bool = False, k: int = 3, block: int = 7, pcp: int = 1, anchor: bool = True,
+    architecture: str = "Qwen3DSparkModel", tokens: int = 64, dynamic: Any = None,
+) -> Any:  # fmt: skip
     """What the replaced members of VllmConfig read."""
-    draft = SimpleNamespace(hf_config=SimpleNamespace(block_size=block, sample_from_anchor=True), architectures=[])
+    hf_config = SimpleNamespace(block_size=block, sample_from_anchor=anchor, architectures=[architecture])
+    draft = SimpleNamespace(hf_config=hf_config, architectures=[])
     speculative = SimpleNamespace(
         method=method, enable_adaptive_verification=method == "mtp", draft_lm_head_quantization=None,
         is_xpress=lambda: False, draft_model_config=draft, use_dspark=lambda: method == "dspark",
         use_dflash=lambda: method == "dflash", uses_draft_model=lambda: method == "draft_model",
         use_eagle=lambda: method in ("eagle", "eagle3", "mtp", "dflash", "dspark"),
+        num_speculative_tokens=k, num_speculative_tokens_per_batch_size=dynamic,
     )  # fmt: skip
     return SimpleNamespace(
         speculative_config=speculative if method else None, num_speculative_tokens=k, use_v2_model_runner=v2,
         parallel_config=SimpleNamespace(
             prefill_context_parallel_size=pcp, pipeline_parallel_size=1, enable_batch_sharded_sampling=False
         ),
-        scheduler_config=SimpleNamespace(async_scheduling=False), model_config=None, diffusion_config=None,
+        scheduler_config=SimpleNamespace(async_scheduling=False, max_num_seqs=8, max_num_batched_tokens=tokens),
+        model_config=None, diffusion_config=None,
         _dflash_needs_multi_kv_group=lambda: method == "dflash", _is_dflash_candidate_draft=lambda: False,
     )  # fmt: skip
 
@@ -465,11 +478,32 @@ def test_slots_reserved_for_other_methods_are_unchanged(ledger, method, v2):
     assert patches.num_lookahead_tokens(original).fget(given) == original.fget(given)
 
 
-@pytest.mark.parametrize(("k", "block", "v2", "slots"), [(3, 7, False, 7), (7, 7, False, 7), (1, 4, False, 4), (3, 7, True, 3)])
-def test_slots_for_dspark_cover_the_whole_block_on_v1(ledger, k, block, v2, slots):
+@pytest.mark.parametrize(
+    ("k", "block", "v2", "slots"), [(3, 7, False, 7), (7, 7, False, 7), (1, 4, False, 4), (3, 7, True, 7), (7, 7, True, 7)]
+)
+def test_slots_for_dspark_cover_the_whole_block(ledger, k, block, v2, slots):
     replacement = patches.num_lookahead_tokens(original_of("VllmConfig.num_lookahead_tokens"))
     assert replacement.fget(config("dspark", v2=v2, k=k, block=block)) == slots
     assert replacement.__doc__
+
+
+@pytest.mark.parametrize(
+    ("given", "slots", "drafts"),
+    [
+        ({"k": 3, "anchor": False}, 7, 6),  # six drafts and the anchor's own query
+        ({"k": 3, "tokens": 55}, 3, 3),  # eight requests of seven queries do not fit
+        ({"k": 3, "tokens": 56}, 7, 7),
+        ({"k": 3, "architecture": "DeepseekV4DSparkModel"}, 3, 3),
+        ({"k": 3, "dynamic": [(1, 4, 3)]}, 3, 3),
+    ],
+    ids=str,
+)
+def test_v2_drafts_the_whole_block_where_it_can(ledger, given, slots, drafts):
+    from vllm_dspark.engine import pair
+
+    made = config("dspark", v2=True, **given)
+    assert pair.block_drafts(made) == drafts
+    assert patches.num_lookahead_tokens(original_of("VllmConfig.num_lookahead_tokens")).fget(made) == slots
 
 
 class Eagle:
@@ -551,9 +585,10 @@ def test_an_import_that_is_not_in_the_ledger_would_be_seen(source):
 
 def classes_on_vllm() -> list[type]:
     """Our classes that extend vLLM's."""
-    from vllm_dspark.engine import models, v1
+    from vllm_dspark.engine import models, v1, v2
 
-    found = [
+    native = sys.modules[hooks.SPECULATOR].DSparkSpeculator
+    found = [v2.speculator(native)] + [
         c for module in (models, v1) for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__
     ]
     return [c for c in found if vllm_bases(c)]
@@ -580,7 +615,7 @@ def members_used(cls: type) -> set[str]:
     own = [base for base in cls.__mro__ if base.__module__.startswith("vllm_dspark.")]
     used = {name for base in own for name in vars(base) if inherited(name, vllm_bases(cls)) and not is_furniture(name)}
     for base in own:
-        for node in ast.walk(ast.parse(inspect.getsource(base))):
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base)))):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "super()"):
                 used |= {node.attr} if inherited(node.attr, vllm_bases(cls)) else set()
             elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self.model":

@@ -1,6 +1,7 @@
 """The entry point: cheap, idempotent, never in vLLM's way."""
 
 import logging
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -48,9 +49,26 @@ def python(program: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-def test_register_waits_for_every_module_of_the_ledger_once(waiting):
+def test_register_waits_for_the_module_that_reads_the_configuration(waiting):
     plugin.register()
-    assert Counter(waiting) == Counter({hook.when or hook.module for hook in hooks.HOOKS})
+    assert waiting == [hooks.ENTRANCE]
+
+
+def test_dspark_makes_every_module_of_the_ledger_waited_for_once(waiting, monkeypatch):
+    monkeypatch.setattr(hooks, "_active", False)
+    plugin.register()
+    hooks.activate()
+    hooks.activate()
+    assert Counter(waiting) == Counter({module for hook in hooks.HOOKS for module in hook.moments})
+
+
+def test_the_hooks_are_activated_wherever_the_configuration_arrives(waiting, monkeypatch):
+    monkeypatch.setattr(hooks, "_active", False)
+    sent = pickle.dumps(hooks.Activation())
+    assert not hooks._active
+    assert isinstance(pickle.loads(sent), hooks.Activation)
+    assert hooks._active
+    assert hooks.RUNNER in waiting
 
 
 def test_register_is_idempotent(waiting):

@@ -1,8 +1,10 @@
 """The ledger: every vLLM symbol this plugin touches, why, and what happens when it moves.
 
-A hook with a ``replace`` puts something in the symbol's place; one without only relies on it. Each is resolved when
-its ``module`` is imported, never earlier, so no process pays for what it does not use. If one cannot be resolved,
-everything that was replaced is put back, one line says so, and vLLM runs as if the plugin were not installed.
+A hook with a ``replace`` puts something in the symbol's place; one without only relies on it. Those that read the user's
+configuration stand from the start; all others wait for a configuration whose method is ``dspark``, in every process that
+it reaches (:class:`Activation`). Each is resolved when its ``module`` is imported, never earlier, so no process pays for
+what it does not use. If one cannot be resolved, everything that was replaced is put back, one line says so, and vLLM runs
+as if the plugin were not installed.
 """
 
 import importlib
@@ -33,7 +35,7 @@ class Hook:
         versions: those of vLLM in which the symbol was checked to be as described here.
         parameters: names its signature must have.
         mentions: names and strings that its code must contain: the attributes of its object that we share with it.
-        when: the module whose import makes it needed; default ``module``.
+        when: the module whose import makes it needed; default ``module``. also: another one, for what is only used.
         replace: makes the replacement from the original; None where the symbol is only used.
     """
 
@@ -47,6 +49,13 @@ class Hook:
     when: str | None = None
     replace: Callable[[Any], Any] | None = None
     versions: str = SUPPORTED
+    also: str | None = None
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The modules whose import makes it needed."""
+        first = self.when or self.module
+        return (first,) if self.also is None else (first, self.also)
 
     @property
     def name(self) -> str:
@@ -61,6 +70,9 @@ DFLASH, PROPOSER = "vllm.v1.spec_decode.dflash", "vllm.v1.spec_decode.llm_base_p
 MODELS = "vllm.model_executor.models"
 SAMPLING, SCHEDULED = "vllm.sampling_params", "vllm.v1.core.sched.output"
 NO_COSTS = "measured step times: the policy learns them while serving"
+V2 = "vllm.v1.worker.gpu.spec_decode"
+SPECULATOR = f"{V2}.dspark.speculator"
+NO_V2 = "the gated and rnn heads, and confidences, on the V2 runner (GPUs)"
 
 
 def _v1(
@@ -73,8 +85,22 @@ def _v1(
     loses: str = NO_V1,
     when: str = RUNNER,
 ) -> Hook:
-    """A symbol that only the V1 integration needs, resolved before the V1 runner can use it."""
-    return Hook(module, symbol, purpose, loses, WITH_V1, parameters, mentions, when, replace)
+    """A symbol that the V1 integration needs, resolved before the V1 runner can use it; V2 shares the draft models."""
+    shared = SPECULATOR if module.startswith("vllm.model_executor.") else None
+    return Hook(module, symbol, purpose, loses, WITH_V1, parameters, mentions, when, replace, also=shared)
+
+
+def _v2(
+    symbol: str,
+    purpose: str,
+    *parameters: str,
+    module: str = SPECULATOR,
+    mentions: tuple[str, ...] = (),
+    replace: Callable[[Any], Any] | None = None,
+) -> Hook:
+    """A symbol that the V2 integration needs, resolved before the V2 runner builds its speculator."""
+    removal = "when vLLM's speculator runs every head"
+    return Hook(module, symbol, purpose, NO_V2, removal, parameters, mentions, SPECULATOR, replace)
 
 
 HOOKS: tuple[Hook, ...] = (
@@ -283,6 +309,35 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.distributed.parallel_state", "get_tp_group", "let rank 0 decide for all tensor-parallel ranks",
         mentions=("_TP",), loses="DSpark with tensor parallelism on the V1 runner",
     ),
+    _v2(
+        "DSparkSpeculator.__init__", "lays the block out and makes the buffers that the stage reads", "vllm_config", "device",
+        mentions=("_anchor_idx", "_draft_topk", "num_speculative_steps", "use_confidence_head"),
+    ),
+    _v2(
+        "DFlashSpeculator.propose", "one round; of its drafts, all of the trained block, the first k are handed on",
+        "num_speculative_tokens", module=f"{V2}.dflash.speculator", mentions=("draft_tokens", "num_query_per_req"),
+    ),
+    _v2(
+        "DSparkSpeculator.load_draft_model", "extended: our classes, our buffers", "target_model", "target_attn_layer_names",
+        mentions=("enable_adaptive_verification", "use_acceptance_estimator", "use_confidence_head"),
+    ),
+    _v2(
+        "DSparkSpeculator._sample_sequential", "overridden: the sequential stage", "num_reqs", "head_hidden",
+        mentions=("sample_indices", "sample_idx_mapping", "sample_pos", "input_buffers", "input_ids", "draft_tokens",
+                  "draft_token_confidence_probs", "compute_draft_logits"),
+    ),
+    _v2(
+        "DSparkSpeculator._sample_logits", "draws with vLLM's salted noise, in target ids", "logits", "idx_map", "sample_pos",
+        "step", mentions=("map_draft_to_target", "draft_logits"),
+    ),
+    _v2(
+        "DraftModelSpeculator.__init__", "the sizes and buffers that all speculators share", "vllm_config", "device",
+        module=f"{V2}.speculator", mentions=("max_num_reqs", "draft_token_confidence_probs", "enable_adaptive_verification"),
+    ),
+    _v2(
+        "DSparkSpeculator", "V2's speculator: swap in one with our draft classes and sequential stage", "vllm_config", "device",
+        replace=patches.dspark_speculator,
+    ),
     _v1(f"{MODELS}.utils", "maybe_prefix", "keeps the Gemma 4 draft layers' names apart from the target's", "prefix", "name"),
     _v1(
         f"{MODELS}.registry", "ModelRegistry.register_model", "draft model classes with every correction head",
@@ -295,8 +350,12 @@ class Moved(Exception):
     """A symbol is not where, or not what, the ledger says."""
 
 
+ENTRANCE = ARGUMENTS
+"""The module whose hooks stand from the start: there the user's configuration is read, and the method becomes known."""
+
 _replaced: list[tuple[Any, str, Any]] = []
 _installed = False
+_active = False
 _failed = False
 
 
@@ -351,14 +410,35 @@ def vllm_version() -> str:
 
 
 def install() -> None:
-    """Arrange that every hook is resolved, and put in place, when its module is imported. Idempotent."""
+    """Arrange that the hooks of the entrance are put in place when it is imported. Idempotent."""
     global _installed
-    if _installed:
+    if not _installed:
+        _installed = True
+        wrapt.register_post_import_hook(_on_import, ENTRANCE)
+
+
+def activate() -> None:
+    """Arrange the same for all other hooks: an engine of this process uses DSpark. Idempotent."""
+    global _active
+    if _active:
         return
-    _installed = True
-    for module in dict.fromkeys(hook.when or hook.module for hook in HOOKS):
+    _active = True
+    install()
+    for module in dict.fromkeys(module for hook in HOOKS for module in hook.moments if module != ENTRANCE):
         wrapt.register_post_import_hook(_on_import, module)
     logger.debug("vllm-dspark: %d hooks registered", len(HOOKS))
+
+
+class Activation:
+    """Rides on vLLM's speculative config: unpickled in an engine's or a worker's process, it activates the hooks there."""
+
+    @classmethod
+    def begin(cls) -> "Activation":
+        activate()
+        return cls()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Activation.begin, ()
 
 
 def restore() -> None:
@@ -376,7 +456,7 @@ def _on_import(module: Any) -> None:
     hook = None
     try:
         for hook in HOOKS:
-            if (hook.when or hook.module) != module.__name__:
+            if module.__name__ not in hook.moments:
                 continue
             owner, name, original = resolve(hook)
             if hook.replace is not None:

@@ -15,7 +15,9 @@ from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
 from vllm.model_executor.models.qwen3_dspark import Qwen3DSparkForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
 
+from vllm_dspark.engine.pair import ARCHITECTURES
 from vllm_dspark.heads.modules import ConfidenceHead, HeadKind, MarkovHead
+from vllm_dspark.heads.stage import Stage
 
 HEADS = ("markov_head.", "confidence_head.")
 
@@ -26,6 +28,8 @@ class DraftHeads(nn.Module):
     config: Any
     model: Any
     draft_id_to_target_id: Any
+    compute_draft_logits: Any
+    stage: Stage
 
     def build_heads(self) -> None:
         """Make the heads the config names. Confidence is float32, as in vLLM."""
@@ -57,6 +61,51 @@ class DraftHeads(nn.Module):
                 continue
             for name, parameter in head.named_parameters():
                 default_weight_loader(parameter, heads[prefix + name])
+
+    def allocate(self, requests: int, slots: int) -> None:
+        """Make what the sequential stage keeps on the V2 runner, before a graph is captured.
+
+        Args:
+            requests: the most in a batch. slots: drafted tokens per block.
+        """
+        self.stage = Stage(self.markov_head, self.confidence_head, requests, slots)
+        device = next(self.parameters()).device
+        self.not_finite = torch.zeros((), dtype=torch.long, device=device)
+
+    def sample_sequential(self, speculator: Any, num_reqs: int, head_hidden: Tensor) -> bool:
+        """The sequential stage of one step on the V2 runner; vLLM 0.33 asks its draft models for it by this name.
+
+        A request whose hidden states are not finite is drafted from zeros: q stays a distribution, so verification stays
+        exact. Its confidences become 0, and ``not_finite`` counts it.
+
+        Args:
+            speculator: vLLM's, whose buffers say which rows of ``head_hidden`` predict, and take tokens and confidences.
+            num_reqs: R, of which those that pad a graph's batch have the request index -1. head_hidden: ``[T, d]``.
+
+        Returns:
+            True: there is nothing left to do.
+        """
+        slots = speculator.num_speculative_steps
+        count = num_reqs * slots
+        requests = speculator.sample_idx_mapping[:count].view(num_reqs, slots)
+        positions = speculator.sample_pos[:count].view(num_reqs, slots)
+        hidden = head_hidden[speculator.sample_indices[:count]].view(num_reqs, slots, -1)
+        finite = torch.isfinite(hidden).flatten(1).all(1)
+        self.not_finite += (~finite & (requests[:, 0] >= 0)).sum()
+        hidden = hidden.masked_fill(~finite[:, None, None], 0.0)
+        confidences = speculator.block_confidences[:num_reqs]
+        self.stage.run(
+            hidden,
+            self.compute_draft_logits(hidden.flatten(0, 1)).view(num_reqs, slots, -1),
+            speculator.input_buffers.input_ids[speculator._anchor_idx[:num_reqs]],
+            lambda logits, k: speculator._sample_logits(logits, requests[:, k], positions[:, k], k),
+            speculator.draft_tokens[:num_reqs],
+            confidences if self.confidence_head is not None else None,
+            speculator._draft_topk,
+        )
+        if self.confidence_head is not None:
+            confidences.mul_(finite.unsqueeze(1))
+        return True
 
     @property
     def target_ids(self) -> Tensor | None:
@@ -94,5 +143,5 @@ def register() -> None:
     """Make vLLM build these classes for the draft architectures, in this process."""
     from vllm.model_executor.models.registry import ModelRegistry
 
-    ModelRegistry.register_model("Qwen3DSparkModel", Qwen3DSparkDraft)
-    ModelRegistry.register_model("Gemma4DSparkModel", Gemma4DSparkDraft)
+    for architecture, draft in zip(ARCHITECTURES, (Qwen3DSparkDraft, Gemma4DSparkDraft), strict=True):
+        ModelRegistry.register_model(architecture, draft)

@@ -9,6 +9,9 @@ from vllm_dspark.options import DSparkOptions
 
 logger = logging.getLogger("vllm.dspark")
 
+ARCHITECTURES = ("Qwen3DSparkModel", "Gemma4DSparkModel")
+"""Draft architectures that vLLM builds with our classes."""
+
 
 def check(given: Mapping[str, Any], target: Any, chosen: DSparkOptions) -> DrafterSpec | None:
     """Read the drafter's description and check it against the target.
@@ -68,3 +71,21 @@ def complete(config: Any, spec: DrafterSpec) -> None:
 def block_queries(hf_config: Any) -> int:
     """Queries of one block forward: the block size as trained, whichever slot predicts first."""
     return int(getattr(hf_config, "block_size", 0))
+
+
+def block_drafts(vllm_config: Any) -> int:
+    """Tokens that the V2 runner drafts per block: all that the drafter was trained for, wherever their queries fit.
+
+    Fewer queries than trained see fewer neighbours, and less of what they draft is accepted (vllm#41834). Drafters of
+    vLLM's own families, and lengths that vLLM changes with the batch, are left at ``num_speculative_tokens``.
+    """
+    speculative, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
+    asked: int = speculative.num_speculative_tokens
+    hf_config = speculative.draft_model_config.hf_config
+    described = set(getattr(hf_config, "architectures", None) or ()) & set(ARCHITECTURES)
+    if not described or getattr(speculative, "num_speculative_tokens_per_batch_size", None):
+        return asked
+    queries = block_queries(hf_config)
+    if scheduler.max_num_seqs * queries > scheduler.max_num_batched_tokens:
+        return asked
+    return max(asked, queries - (0 if hf_config.sample_from_anchor else 1))

@@ -1,7 +1,7 @@
 """What stands in place of vLLM's symbols. Each function makes a replacement from the original; see hooks.py for why.
 
 Every replacement does what the original does unless the configured method is ``dspark``; :func:`expand_batch_to_tokens`
-mends what is broken on CPUs for every method.
+mends what is broken on CPUs for every method, in processes where another engine uses DSpark.
 """
 
 import functools
@@ -34,6 +34,10 @@ def create_speculative_config(original: Any) -> Any:
             from vllm_dspark.engine import pair
 
             pair.complete(config, spec)
+        if config is not None and config.method == "dspark":
+            from vllm_dspark.engine import hooks
+
+            config.dspark_hooks = hooks.Activation.begin()
         return config
 
     return wrapper
@@ -85,17 +89,19 @@ def unsupported_features(original: Any) -> Any:
 
 
 def num_lookahead_tokens(original: Any) -> Any:
-    """Slots past the scheduled tokens that the drafter writes: on V1 all queries of a block."""
+    """Slots past the scheduled tokens that the drafter writes: all queries of a block."""
 
     read = original.fget
 
     def getter(self: Any) -> int:
         slots: int = read(self)
         speculative = self.speculative_config
-        if speculative is None or speculative.method != "dspark" or self.use_v2_model_runner:
+        if speculative is None or speculative.method != "dspark":
             return slots
         from vllm_dspark.engine import pair
 
+        if self.use_v2_model_runner:
+            return slots + pair.block_drafts(self) - speculative.num_speculative_tokens
         return max(slots, pair.block_queries(speculative.draft_model_config.hf_config))
 
     return property(getter, doc=original.__doc__)
@@ -151,6 +157,13 @@ def _bad_request(error: ValueError) -> Exception:
     class BadRequestOption(VLLMValidationError, ValueError): ...
 
     return BadRequestOption(str(error))
+
+
+def dspark_speculator(original: Any) -> Any:
+    """The V2 runner's speculator with our draft classes and our sequential stage."""
+    from vllm_dspark.engine import v2
+
+    return v2.speculator(original)
 
 
 def expand_batch_to_tokens(original: Any) -> Any:
