@@ -5,7 +5,7 @@ PY := .venv/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench lock clean
+.PHONY: help setup demo test test-slow test-vllm contracts lint bench lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do printf '%-10s %s\n' "$$name" "$$what"; done
@@ -22,6 +22,13 @@ test: setup ## run the test suite
 test-slow: setup ## run the tests that take minutes
 	@$(PY) -m pytest -m slow $(ARGS)
 
+test-vllm: setup ## run vLLM's own tests of what the plugin touches, with the plugin active
+	@PY=$(PY) tools/vllm_tests.sh $(ARGS)
+
+VERSIONS := 0.32.0 0.33.0
+contracts: setup ## check what we rely on in every supported vLLM, from their wheels (ARGS=--write records it)
+	@$(PY) tests/contracts/snapshot.py $(ARGS) $(VERSIONS)
+
 lint: setup ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -34,4 +41,4 @@ lock: ## resolve requirements/cpu.lock again (Python 3.11)
 	@$(or $(PYTHON),python3.11) tools/lock.py
 
 clean: ## remove .venv and caches
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .vllm-tests build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
