@@ -34,12 +34,12 @@ logger = logging.getLogger("vllm.dspark")
 
 _ADAPTIVE, _FIXED, _OFF = range(3)
 _TRIAL = 32  # requests that draft together until so many have
-_MANY = 16  # requests from which their last survivals together stand for this round's
+MANY = 16  # requests from which their last survivals together stand for this round's
 _CHECK = 8  # rounds between two that only measure what not drafting takes
 _STALL = 1.25  # longest that a stalled step counts against drafting, times what was expected
 _SHARED = 0.7  # largest error (log) of the expected time that is put down to the machine being slower or faster today
 _LINGER, _PATIENCE = 0.04, 32  # promised loss (log) at which drafting goes on for so many rounds, if earlier gains pay for it
-_NOBODY: Rows = np.zeros(0, dtype=np.int64)
+NOBODY: Rows = np.zeros(0, dtype=np.int64)
 
 
 class Policy:
@@ -118,7 +118,7 @@ class Policy:
         except Exception as error:
             self._fail(f"{type(error).__name__}: {error}")
             plan.kinds = np.where(plan.kinds == _ADAPTIVE, self._kind(None), plan.kinds)
-            self._draft(plan, (plan.kinds == _FIXED).nonzero()[0], _NOBODY, "policy failed")
+            self._draft(plan, (plan.kinds == _FIXED).nonzero()[0], NOBODY, "policy failed")
         idle = plan.decision.reason in ("does not pay", "guarded") and not plan.decision.drafting
         wake = self.probing.wake(plan.slots, self.round, alone=idle)
         anyone = idle and not self.requests.special and self.ledger.credit < self.probing.least
@@ -136,7 +136,7 @@ class Policy:
             caps = np.maximum(np.minimum(inputs.limits, caps), 0)
         contexts = np.asarray(inputs.contexts, dtype=np.float64)
         tokens = slots.size + inputs.other_tokens
-        none = DraftDecision(_NOBODY, np.zeros(0, dtype=bool), "nobody can draft")
+        none = DraftDecision(NOBODY, np.zeros(0, dtype=bool), "nobody can draft")
         load = Load(slots.size, tokens, float(slots.size), 0.0, 0.0)
         return Plan(inputs.requests[:], slots, kinds, caps, contexts, tokens, inputs.other_context, none, load)
 
@@ -152,7 +152,7 @@ class Policy:
         forced = ((plan.kinds == _FIXED) & (self._fixed(plan.caps) > 0)).nonzero()[0]
         rows = ((plan.kinds == _ADAPTIVE) & (plan.caps > 0)).nonzero()[0]
         if self.cost is None or rows.size == 0:
-            self._draft(plan, forced, _NOBODY, "fixed" if forced.size else plan.decision.reason)
+            self._draft(plan, forced, NOBODY, "fixed" if forced.size else plan.decision.reason)
             return
         plan.load = choice.load_of(plan, forced, self._fixed(plan.caps[forced]), self.history.mean[plan.slots[forced]])
         found, rows = self._compare(self.cost, plan, rows)
@@ -160,9 +160,9 @@ class Policy:
         if reason == "pays":
             self._price, self._paid = found.threshold, self.round
         most = found.count if self.history.drafted >= _TRIAL else min(found.count, _TRIAL)
-        on = rows[:most] if reason in ("pays", "may pay again") else _NOBODY
+        on = rows[:most] if reason in ("pays", "may pay again") else NOBODY
         self.probing.decided(plan.slots[rows], plan.slots[on], self.round)
-        probes = _NOBODY if reason == "measuring no drafting" else self._probes(self.cost, plan, rows[on.size :], on.size)
+        probes = NOBODY if reason == "measuring no drafting" else self._probes(self.cost, plan, rows[on.size :], on.size)
         if probes.size and not on.size:
             reason = "probing"
         self._draft(plan, np.sort(np.concatenate([forced, on, probes])), probes, reason)
@@ -199,7 +199,7 @@ class Policy:
     def _probes(self, cost: CostModel, plan: Plan, idle: Rows, drafting: int) -> Rows:
         already = plan.load.drafted + drafting
         if idle.size == 0 or not self.probing.due_now(plan.slots[idle], self.round, already == 0).any():
-            return _NOBODY
+            return NOBODY
         seconds = price(cost, plan.load, already, float(plan.contexts[idle].mean()))
         probes, plan.probe_seconds = self.probing.select(idle, plan.slots[idle], self.round, seconds, self.ledger, already == 0)
         self.ledger.probed(plan.probe_seconds)
@@ -221,7 +221,7 @@ class Policy:
         if rows.size == 0 or (rows.size * self.width > 512 and self._floor_age < 8):
             return
         self._floor_age = 0
-        slots, caps, exact = plan.slots[rows], plan.caps[rows], bool(rows.size >= _MANY)
+        slots, caps, exact = plan.slots[rows], plan.caps[rows], bool(rows.size >= MANY)
         stale = (self.history.recent if exact else self.history.mean)[slots].astype(np.float32)
         self._floor = plan.floor = scheduler.carry(stale, plan.curve(cost), plan.load.sure_yield, caps, exact)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_dspark.verification.records import KINDS, Kind, Rows
 
@@ -77,6 +78,12 @@ class Registry:
     def unknown(self, names: Iterable[str]) -> list[str]:
         """Those of them that nobody announced."""
         return [name for name in names if name not in self._requests]
+
+    def hold(self, names: Sequence[str], slots: Rows) -> NDArray[np.bool_]:
+        """Whether these requests are known and still have these slots, ``(n,)``."""
+        found = (self._requests.get(name) for name in names)
+        same = (known is not None and known.slot == slot for known, slot in zip(found, slots.tolist(), strict=True))
+        return np.fromiter(same, dtype=bool, count=len(names))
 
     def rows(self, names: Sequence[str], now: int, most: int) -> tuple[Rows, Rows, list[Kind | None] | None]:
         """Slots, most drafts and policies of these requests, all known, which take part in this round.
