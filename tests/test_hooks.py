@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from vllm_dspark.engine import hooks, patches
+from vllm_dspark.engine import hooks, patches, v2_hooks
 from vllm_dspark.engine.hooks import HOOKS, Hook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,10 +34,12 @@ MODULES = (
     "vllm.v1.worker.gpu_worker",
     hooks.RUNNER,
     "vllm.v1.worker.cpu_worker",
+    v2_hooks.SCHEDULER,
+    v2_hooks.V2_RUNNER,
     hooks.SPECULATOR,
 )
-# vLLM's public interface, used by whoever starts an engine; an error there is plain to see.
-PUBLIC = {("vllm", "LLM"), ("vllm", "SamplingParams")}
+# vLLM's public interface, used by whoever starts an engine or brings a platform; an error there is plain to see.
+PUBLIC = {("vllm", "LLM"), ("vllm", "SamplingParams"), ("vllm.platforms", "current_platform")}
 
 
 # -- in place --
@@ -152,13 +154,13 @@ register()
 assert "vllm" not in sys.modules
 import vllm.config
 import vllm.engine.arg_utils
-from vllm_dspark.engine import hooks
+from vllm_dspark.engine import hooks, v2_hooks
 entrance = len(hooks._replaced)
 hooks.activate()
 early = len(hooks._replaced)
 register()
 hooks.activate()
-for name in (workers[0], runner, workers[1], hooks.SPECULATOR):
+for name in (workers[0], runner, workers[1], v2_hooks.SCHEDULER, v2_hooks.V2_RUNNER, hooks.SPECULATOR):
     importlib.import_module(name)
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -205,7 +207,7 @@ def test_registered_then_imported_broken_vllm_is_as_it_was(vllm):
     """The runner comes last, when the others have been replaced already."""
     found = in_a_fresh_process(broken=True)
     assert found["entrance"] == 1
-    assert found["early"] == 4
+    assert found["early"] == 5
     assert found["replaced"] == 0
     assert found["untouched"] == found["all"]
     (line,) = found["errors"]

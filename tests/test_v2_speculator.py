@@ -39,6 +39,9 @@ class Native:
         self._anchor_idx = torch.arange(REQUESTS) * steps
         self.input_buffers = SimpleNamespace(input_ids=torch.arange(REQUESTS * steps, dtype=torch.int32) % VOCABULARY)
         self.calls: list[str] = []
+        self.ran: list[Any] = []
+        self.captured: list[Any] = []
+        self.fails = False
 
     def load_draft_model(self, target_model: Any, target_attn_layer_names: set[str]) -> Any:
         return target_model
@@ -50,7 +53,26 @@ class Native:
         return logits.argmax(-1)
 
     def propose(self, input_batch: Any, **more: Any) -> Tensor:
+        if self.fails:
+            raise RuntimeError("as told")
+        self.ran.append(("context", self.query_cudagraph_manager, self._build_uniform_attn_metadata()))
+        self._generate_draft()
         return self.draft_tokens[: input_batch.num_reqs]
+
+    def _generate_draft(self) -> None:
+        self.ran[-1] = ("block", *self.ran[-1][1:])
+
+    def _build_uniform_attn_metadata(self) -> str:
+        return "metadata"
+
+    def _prepare_graph_forward(self, num_reqs: int, attn_metadata: str | None) -> None:
+        self.captured.append((self.query_cudagraph_manager, attn_metadata))
+
+    def init_cudagraph_manager(self, mode: Any) -> None:
+        self.query_cudagraph_manager = object()
+
+    def capture(self) -> None:
+        self._prepare_graph_forward(1, "metadata")
 
 
 class Draft(models.DraftHeads):
@@ -96,7 +118,7 @@ def test_the_whole_block_is_drafted_and_the_first_k_are_handed_on() -> None:
     assert config.speculative_config.num_speculative_tokens == 2
     assert ours.num_speculative_steps == BLOCK
     ours.draft_tokens[:] = torch.arange(BLOCK)
-    assert ours.propose(SimpleNamespace(num_reqs=3), dummy_run=False).tolist() == [[0, 1]] * 3
+    assert ours.propose(batch(), dummy_run=False).tolist() == [[0, 1]] * 3
     ours.block_confidences[1, 1] = 0.25
     assert ours.draft_token_confidence_probs.shape == (REQUESTS, 2)
     assert ours.draft_token_confidence_probs[1].tolist() == [1.0, 0.25]
@@ -183,3 +205,51 @@ def test_a_step_can_be_captured(candidates: int | None) -> None:
         ours._draft_topk = candidates
         ours._sample_sequential(3, torch.empty(REQUESTS * BLOCK, HIDDEN))
     assert ours.calls == []
+
+
+class Asked:
+    """The rounds' answers, in order, and what they were told."""
+
+    def __init__(self, *answers: bool) -> None:
+        self.answers, self.told = list(answers), [0, 0]
+
+    def begin(self, batch: Any) -> bool:
+        return self.answers.pop(0)
+
+    def end(self, confidences: Tensor | None) -> None:
+        self.told[confidences is not None] += 1
+
+
+def batch(grammar: bool = False) -> Any:
+    return SimpleNamespace(num_reqs=3, num_tokens=3, has_structured_output_reqs=grammar)
+
+
+def test_a_round_without_drafts_only_writes_context() -> None:
+    ours = speculator(Draft("gated"), k=2)
+    ours.init_cudagraph_manager(None)
+    ours.capture()
+    assert ours.captured == [(ours.query_cudagraph_manager, "metadata"), (ours.context_cudagraph_manager, None)]
+    ours.rounds = Asked(False, True, False)
+    ours.draft_tokens[:] = 7
+    query = ours.query_cudagraph_manager
+    assert ours.propose(batch()).tolist() == [[-1, -1]] * 3
+    assert ours.ran == [("context", ours.context_cudagraph_manager, None)]
+    assert ours.propose(batch()).tolist() == [[7, 7]] * 3
+    assert ours.ran[1:] == [("block", query, "metadata")]
+    assert ours.propose(batch(grammar=True)).tolist() == [[7, 7]] * 3
+    assert [what for what, *_ in ours.ran] == ["context", "block", "context"]
+    assert ours.propose(batch(), dummy_run=True).tolist() == [[7, 7]] * 3  # whatever is decided
+    assert ours.blocks == 2
+    assert ours.rounds.told == [0, 3]
+    assert ours.query_cudagraph_manager is query
+
+
+def test_a_context_only_step_that_fails_leaves_drafting_as_it_was() -> None:
+    ours = speculator(Draft("gated"))
+    ours.init_cudagraph_manager(None)
+    query, ours.rounds = ours.query_cudagraph_manager, Asked(False)
+    ours.fails = True
+    with pytest.raises(RuntimeError, match="as told"):
+        ours.propose(batch())
+    assert ours.query_cudagraph_manager is query
+    assert not ours.context_only

@@ -2,19 +2,21 @@
 
     python -m e2e.arms REQUEST.json RESULT.json
 
-REQUEST: ``v2`` (run on the V2 runner, interpreted) and ``arms``: name -> ``options`` of ``vllm.LLM`` and ``batches``, each with
-``prompts`` and sampling parameters. RESULT: name -> one entry per batch, see :func:`run_arm`. Imports are most of an engine's
-start-up, so arms that may share a process do.
+REQUEST: ``v2`` (run on the V2 runner, interpreted) and ``arms``: name -> ``options`` of ``vllm.LLM``, ``batches``, each with
+``prompts`` and sampling parameters, and what is :func:`planted` in the policy. RESULT: name -> one entry per batch, see
+:func:`run_arm`. Imports are most of an engine's start-up, so arms that may share a process do.
 """
 
+import contextlib
 import functools
 import gc
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 
 class Notebook:
@@ -23,14 +25,15 @@ class Notebook:
     def __init__(self) -> None:
         self.blocks: list[tuple[int, list[int], list[float] | None]] = []
         self.checks: list[dict[str, Any]] = []
+        self.skipped = 0
 
     def write(self, anchors: Any, tokens: Any, confidences: Any) -> None:
         values = [None] * len(tokens) if confidences is None else confidences.tolist()
         self.blocks += zip(anchors.tolist(), tokens.tolist(), values, strict=True)
 
     def take(self) -> dict[str, Any]:
-        taken = {"blocks": self.blocks, "checks": self.checks}
-        self.blocks, self.checks = [], []
+        taken = {"blocks": self.blocks, "checks": self.checks, "skipped": self.skipped}
+        self.blocks, self.checks, self.skipped = [], [], 0
         return taken
 
 
@@ -56,7 +59,9 @@ def watch_v2(notebook: Notebook) -> None:
     @functools.wraps(propose)  # the ledger looks at its signature
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         drafts = propose(self, *args, **kwargs)
-        if not kwargs.get("dummy_run"):
+        if getattr(self, "context_only", False):
+            notebook.skipped += not kwargs.get("dummy_run")
+        elif not kwargs.get("dummy_run"):
             anchors = self.input_buffers.input_ids[self._anchor_idx[: len(drafts)]]
             head = getattr(self.model, "confidence_head", None)
             notebook.write(anchors, drafts, None if head is None else self.draft_token_confidence_probs[: len(drafts)])
@@ -110,6 +115,36 @@ def check_against_reference(notebook: Notebook) -> None:
     DraftHeads.sample_sequential = checked
 
 
+@contextlib.contextmanager
+def planted(arm: dict[str, Any]) -> Iterator[None]:
+    """While an arm runs: ``costs`` are its step times, once and for all; ``off_until`` so many tokens, nothing is drafted;
+    ``raises``: the policy breaks after so many decisions.
+    """
+    from vllm_dspark.engine import profiling, v2_rounds
+    from vllm_dspark.verification import choice
+    from vllm_dspark.verification.cost import CostTable
+
+    with contextlib.ExitStack() as stack:
+        if "costs" in arm:
+            table = CostTable(**{name: tuple(values) for name, values in arm["costs"].items()})
+            stack.enter_context(mock.patch.object(profiling, "known", return_value=table))
+            stack.enter_context(mock.patch.multiple(v2_rounds, EAGER=0, EVERY=1 << 40))
+        if "off_until" in arm:
+            inputs = v2_rounds.Rounds._inputs
+
+            def young(self: Any, batch: Any, names: Any) -> Any:
+                given, rows, clean = inputs(self, batch, names)
+                given.limits[(batch.seq_lens_cpu_upper_bound[rows].numpy() - batch.prefill_len_np[rows]) < arm["off_until"]] = 0
+                return given, rows, clean
+
+            stack.enter_context(mock.patch.object(v2_rounds.Rounds, "_inputs", young))
+        if "raises" in arm:
+            left, choose = iter(range(arm["raises"])), choice.choose
+            broken = lambda *given: choose(*given) if next(left, None) is not None else 1 / 0  # noqa: E731
+            stack.enter_context(mock.patch.object(choice, "choose", broken))
+        yield
+
+
 def run_arm(options: dict[str, Any], batches: list[dict[str, Any]], notebook: Notebook) -> list[dict[str, Any]]:
     """Per batch: generated ids, accepted drafts by position, rounds, the blocks drafted, the checks made."""
     from vllm import LLM
@@ -122,11 +157,28 @@ def run_arm(options: dict[str, Any], batches: list[dict[str, Any]], notebook: No
         sampling = {"temperature": 0.0, "ignore_eos": True, **batch["sampling"]}
         run = _run(engine, batch["prompts"], batch.get("concurrency") or len(batch["prompts"]), sampling)
         result = {"token_ids": run.token_ids, "accepted_at": run.accepted_at, "drafts": run.drafts, "drafted": run.drafted}
+        result |= {"prompt_ids": [_ids(engine, prompt) for prompt in batch["prompts"]], "shown": _shown()}
         results.append({**result, **notebook.take()})
     engine.llm_engine.engine_core.shutdown()
     del engine
     gc.collect()
     return results
+
+
+def _ids(engine: Any, prompt: Any) -> list[int]:
+    return list(engine.get_tokenizer()(prompt)["input_ids"]) if isinstance(prompt, str) else prompt
+
+
+def _shown() -> dict[str, float]:
+    """What is exported of the last engine of this process that drafts."""
+    from prometheus_client import REGISTRY
+
+    engines: dict[int, dict[str, float]] = {}
+    for family in REGISTRY.collect():
+        for sample in family.samples if family.name.startswith("dspark_") else ():
+            labels = dict(sample.labels)
+            engines.setdefault(int(labels.pop("engine")), {}).update(dict.fromkeys(labels.values(), sample.value))
+    return engines[max(engines)] if engines else {}
 
 
 def main(request: str, result: str) -> None:
@@ -143,7 +195,10 @@ def main(request: str, result: str) -> None:
     watches: list[Callable[[Notebook], None]] = [watch_v2, check_against_reference] if given["v2"] else [watch_v1]
     for watch in watches:
         watch(notebook)
-    done = {name: run_arm(arm["options"], arm["batches"], notebook) for name, arm in given["arms"].items()}
+    done = {}
+    for name, arm in given["arms"].items():
+        with planted(arm):
+            done[name] = run_arm(arm["options"], arm["batches"], notebook)
     Path(result).write_text(json.dumps(done))
 
 

@@ -12,56 +12,18 @@ import importlib.metadata
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import wrapt
 
-from vllm_dspark.engine import patches
+from vllm_dspark.engine import patches, v2_hooks
+from vllm_dspark.engine.hook import SUPPORTED as SUPPORTED
+from vllm_dspark.engine.hook import Hook
+from vllm_dspark.engine.v2_hooks import SPECULATOR
 
 logger = logging.getLogger("vllm.dspark")
 
-SUPPORTED = "0.32 to 0.33"
 RUNNER = "vllm.v1.worker.gpu_model_runner"
-
-
-@dataclass(frozen=True)
-class Hook:
-    """One symbol of vLLM.
-
-    Attributes:
-        module: where it is looked up. symbol: its dotted name there.
-        purpose: why it is needed. loses: what the user loses without it. removal: when the hook can go.
-        versions: those of vLLM in which the symbol was checked to be as described here.
-        parameters: names its signature must have.
-        mentions: names and strings that its code must contain: the attributes of its object that we share with it.
-        when: the module whose import makes it needed; default ``module``. also: another one, for what is only used.
-        replace: makes the replacement from the original; None where the symbol is only used.
-    """
-
-    module: str
-    symbol: str
-    purpose: str
-    loses: str
-    removal: str
-    parameters: tuple[str, ...] = ()
-    mentions: tuple[str, ...] = ()
-    when: str | None = None
-    replace: Callable[[Any], Any] | None = None
-    versions: str = SUPPORTED
-    also: str | None = None
-
-    @property
-    def moments(self) -> tuple[str, ...]:
-        """The modules whose import makes it needed."""
-        first = self.when or self.module
-        return (first,) if self.also is None else (first, self.also)
-
-    @property
-    def name(self) -> str:
-        return f"{self.module}.{self.symbol}"
-
-
 NO_V1 = "DSpark on the V1 runner (every CPU installation)"
 WITH_V1 = "when the V1 runner is removed, or runs DSpark itself"
 NO_OPTIONS = "the 'dspark' options and the checks before the weights load"
@@ -70,9 +32,6 @@ DFLASH, PROPOSER = "vllm.v1.spec_decode.dflash", "vllm.v1.spec_decode.llm_base_p
 MODELS = "vllm.model_executor.models"
 SAMPLING, SCHEDULED = "vllm.sampling_params", "vllm.v1.core.sched.output"
 NO_COSTS = "measured step times: the policy learns them while serving"
-V2 = "vllm.v1.worker.gpu.spec_decode"
-SPECULATOR = f"{V2}.dspark.speculator"
-NO_V2 = "the gated and rnn heads, and confidences, on the V2 runner (GPUs)"
 
 
 def _v1(
@@ -88,19 +47,6 @@ def _v1(
     """A symbol that the V1 integration needs, resolved before the V1 runner can use it; V2 shares the draft models."""
     shared = SPECULATOR if module.startswith("vllm.model_executor.") else None
     return Hook(module, symbol, purpose, loses, WITH_V1, parameters, mentions, when, replace, also=shared)
-
-
-def _v2(
-    symbol: str,
-    purpose: str,
-    *parameters: str,
-    module: str = SPECULATOR,
-    mentions: tuple[str, ...] = (),
-    replace: Callable[[Any], Any] | None = None,
-) -> Hook:
-    """A symbol that the V2 integration needs, resolved before the V2 runner builds its speculator."""
-    removal = "when vLLM's speculator runs every head"
-    return Hook(module, symbol, purpose, NO_V2, removal, parameters, mentions, SPECULATOR, replace)
 
 
 HOOKS: tuple[Hook, ...] = (
@@ -309,40 +255,12 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.distributed.parallel_state", "get_tp_group", "let rank 0 decide for all tensor-parallel ranks",
         mentions=("_TP",), loses="DSpark with tensor parallelism on the V1 runner",
     ),
-    _v2(
-        "DSparkSpeculator.__init__", "lays the block out and makes the buffers that the stage reads", "vllm_config", "device",
-        mentions=("_anchor_idx", "_draft_topk", "num_speculative_steps", "use_confidence_head"),
-    ),
-    _v2(
-        "DFlashSpeculator.propose", "one round; of its drafts, all of the trained block, the first k are handed on",
-        "num_speculative_tokens", module=f"{V2}.dflash.speculator", mentions=("draft_tokens", "num_query_per_req"),
-    ),
-    _v2(
-        "DSparkSpeculator.load_draft_model", "extended: our classes, our buffers", "target_model", "target_attn_layer_names",
-        mentions=("enable_adaptive_verification", "use_acceptance_estimator", "use_confidence_head"),
-    ),
-    _v2(
-        "DSparkSpeculator._sample_sequential", "overridden: the sequential stage", "num_reqs", "head_hidden",
-        mentions=("sample_indices", "sample_idx_mapping", "sample_pos", "input_buffers", "input_ids", "draft_tokens",
-                  "draft_token_confidence_probs", "compute_draft_logits"),
-    ),
-    _v2(
-        "DSparkSpeculator._sample_logits", "draws with vLLM's salted noise, in target ids", "logits", "idx_map", "sample_pos",
-        "step", mentions=("map_draft_to_target", "draft_logits"),
-    ),
-    _v2(
-        "DraftModelSpeculator.__init__", "the sizes and buffers that all speculators share", "vllm_config", "device",
-        module=f"{V2}.speculator", mentions=("max_num_reqs", "draft_token_confidence_probs", "enable_adaptive_verification"),
-    ),
-    _v2(
-        "DSparkSpeculator", "V2's speculator: swap in one with our draft classes and sequential stage", "vllm_config", "device",
-        replace=patches.dspark_speculator,
-    ),
     _v1(f"{MODELS}.utils", "maybe_prefix", "keeps the Gemma 4 draft layers' names apart from the target's", "prefix", "name"),
     _v1(
         f"{MODELS}.registry", "ModelRegistry.register_model", "draft model classes with every correction head",
         "model_arch", "model_cls", loses="the gated and rnn heads",
     ),
+    *v2_hooks.HOOKS,
 )  # fmt: skip
 
 

@@ -38,9 +38,17 @@ def create_speculative_config(original: Any) -> Any:
             from vllm_dspark.engine import hooks
 
             config.dspark_hooks = hooks.Activation.begin()
+            config.dspark_counters = _counters(self)
         return config
 
     return wrapper
+
+
+def _counters(arguments: Any) -> str:
+    """Where the engines of these arguments count their drafts."""
+    from vllm_dspark import metrics
+
+    return metrics.publish(max(1, getattr(arguments, "data_parallel_size", 1)))
 
 
 _WRONG_METHOD = "dspark options are given but the speculative method is {!r}; set method 'dspark'"
@@ -127,9 +135,11 @@ def compile_or_warm_up_model(original: Any) -> Any:
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         times = original(self, *args, **kwargs)
-        start = getattr(getattr(self.model_runner, "drafter", None), "start_policy", None)
-        if start is not None:
-            start()
+        runner = self.model_runner
+        for drafter, given in ((getattr(runner, "drafter", None), ()), (getattr(runner, "speculator", None), (runner,))):
+            start = getattr(drafter, "start_policy", None)
+            if start is not None:
+                start(*given)
         return times
 
     return wrapper
@@ -164,6 +174,28 @@ def dspark_speculator(original: Any) -> Any:
     from vllm_dspark.engine import v2
 
     return v2.speculator(original)
+
+
+def adaptive_verification(original: Any) -> Any:
+    """The manager that trims drafts on the device, with our policy."""
+    from vllm_dspark.engine import v2_start
+
+    return v2_start.create_verification(original)
+
+
+def validate_adaptive_verification(original: Any) -> Any:
+    """The check of the finished configuration, after choosing how drafts are verified."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any) -> None:
+        speculative = self.speculative_config
+        if speculative is not None and speculative.method == "dspark" and self.use_v2_model_runner:
+            from vllm_dspark.engine import v2_form
+
+            v2_form.choose(self)
+        original(self)
+
+    return wrapper
 
 
 def expand_batch_to_tokens(original: Any) -> Any:

@@ -10,9 +10,9 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def key(vllm_config: Any, draft_vllm_config: Any, width: int) -> dict[str, Any]:
         **{name: _digest(config.hf_config.to_json_string(use_diff=False)) for name, config in models.items()},
         "dtype": str(vllm_config.model_config.dtype), "quantization": str(vllm_config.model_config.quantization),
         "width": width, "vllm": hooks.vllm_version(), "vllm-dspark": vllm_dspark.__version__, "torch": torch.__version__,
-        "device": _device(), "threads": torch.get_num_threads(),
+        "device": device(), "threads": torch.get_num_threads(),
         "tensor_parallel": parallel.tensor_parallel_size, "pipeline_parallel": parallel.pipeline_parallel_size,
         "backend": str(vllm_config.attention_config.backend), "compilation": str(compilation.mode),
         "capture_sizes": _digest(str(compilation.cudagraph_capture_sizes)),
@@ -59,7 +59,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _device() -> str:
+def device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -67,32 +67,65 @@ def _device() -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
+class Measuring(Protocol):
+    """Measures one engine.
+
+    Attributes:
+        samples: what was measured so far.
+    """
+
+    samples: list[StepTiming]
+
+    def table(self, deadline: float) -> CostTable:
+        """Step times, measured by then (``time.perf_counter``) or as far as that went."""
+
+    def beats(self, table: CostTable) -> bool:
+        """Whether the engine is far faster than this table has it."""
+
+
 def table(runner: Any, proposer: Any, seconds: float, folder: str | None) -> CostTable:
+    """Step times of a V1 runner, see :func:`known`."""
+    depends = key(runner.vllm_config, proposer.draft_model_config, proposer.queries)
+    return known(depends, seconds, folder, lambda: Profiler(runner, proposer))
+
+
+def known(
+    depends: dict[str, Any],
+    seconds: float,
+    folder: str | None,
+    profiler: Callable[[], Measuring],
+    agree: Callable[[Any], Any] = lambda value: value,
+) -> CostTable:
     """Step times from the cache, or measured within ``seconds`` and put there; a guess if neither works.
 
     Times from the cache that the engine beats by far were measured on a busy machine, and are measured again.
+
+    Args:
+        depends: everything they depend on. agree: gives every rank rank 0's value.
     """
-    depends = key(runner.vllm_config, proposer.draft_model_config, proposer.queries)
     path = Path(folder).expanduser() if folder else _user_cache()
     path /= f"steps-{_digest(str(depends))}.json"
-    kept = CostTable.load(path, depends)
+    kept: CostTable | None = agree(CostTable.load(path, depends))
     if seconds <= 0:
         logger.info("DSpark step times: %s", f"from {path}" if kept else "not measured; serving will teach them")
         return kept or GUESS
     began = time.perf_counter()
+    found, measuring = None, profiler()
     try:
         with torch.random.fork_rng(devices=[]):
-            if kept is not None and not Profiler(runner, proposer).beats(kept):
+            if kept is not None and not agree(measuring.beats(kept)):
                 logger.info("DSpark step times: from %s", path)
                 return kept
             logger.info("DSpark step times: measuring, for at most %.0f s (see the option profile_seconds)", seconds)
-            profiler = Profiler(runner, proposer)
-            found = profiler.table(began + seconds)
+            measuring = profiler()
+            found = measuring.table(began + seconds)
     except Exception as error:
         logger.warning("DSpark step times cannot be measured (%s: %s); serving will teach them", type(error).__name__, error)
+    found = agree(found)
+    if found is None:
         return kept or GUESS
     logger.info("DSpark step times: %d sizes in %.1f s", len(found.sizes), time.perf_counter() - began)
-    if profile.disturbed(profiler.samples):
+    if profile.disturbed(measuring.samples):
         logger.warning("DSpark step times: the machine was busy while they were measured; they are not kept for the next start")
         return found
     try:
@@ -147,7 +180,7 @@ class Profiler:
             ValueError: there was not even time for one step with drafts and one without.
         """
         self._measure(self._shapes(), deadline)
-        return profile.fit(self.samples, context_per_token=self._upkeep(), label=f"measured on {_device()}")
+        return profile.fit(self.samples, context_per_token=self._upkeep(), label=f"measured on {device()}")
 
     def beats(self, table: CostTable) -> bool:
         """Whether one request, with drafts or without, is served far faster than this table has it. Warms the engine up."""

@@ -130,7 +130,7 @@ class Rounds:
                 continue
             given = requests[name].sampling_params
             self._served[name] = Served.of(requests[name])
-            options = _options(given.extra_args if given is not None else None)
+            options = request_options(given.extra_args if given is not None else None)
             kind = options.dspark_policy
             if kind == "adaptive" and self.policy.cost is None:
                 kind = None  # nothing to compare: the engine's policy
@@ -209,7 +209,7 @@ class Served(NamedTuple):
         return cls(request.num_prompt_tokens, request.output_token_ids, most, stops)
 
 
-def _options(extra_args: Any) -> RequestOptions:
+def request_options(extra_args: Any) -> RequestOptions:
     """A request's own options; they were checked on entry, so a bad one here is only reported."""
     try:
         return RequestOptions.of(extra_args)

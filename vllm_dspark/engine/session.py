@@ -217,7 +217,8 @@ def _tokenize(engine: Any, prompts: list[str]) -> list[list[int]]:
 
 def _explain(engine: Any) -> dict[str, Any]:
     runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
-    explained: dict[str, Any] = runner.drafter.rounds.policy.explain()
+    drafter = getattr(runner, "drafter", None) or runner.speculator
+    explained: dict[str, Any] = drafter.rounds.policy.explain()
     return explained
 
 

@@ -4,13 +4,16 @@ Drafters of the families we describe get our draft classes and our sequential st
 (DeepSeek-V4, Kimi, ...) keep vLLM's.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vllm_dspark.engine import models, pair
+from vllm_dspark.engine import landing, models, pair
+from vllm_dspark.engine.v2_rounds import Rounds
 
 logger = logging.getLogger("vllm.dspark")
 
@@ -25,6 +28,9 @@ class SpeculatorParts:
     Attributes:
         num_speculative_steps: drafts of a block, γ or less; ``asked`` is k, how many of them are handed on.
         block_confidences: ``[R, num_speculative_steps]``, of which ``draft_token_confidence_probs`` is the first k columns.
+        rounds: who drafts; None until the engine serves, and where every drafter always drafts.
+        context_only: this step only keeps the context K/V current.
+        blocks: block forwards asked for. stamps: times of dummy steps while they are profiled.
     """
 
     device: torch.device
@@ -32,6 +38,12 @@ class SpeculatorParts:
     max_num_reqs: int
     num_speculative_steps: int
     enable_adaptive_verification: bool
+    rounds: Rounds | None = None
+    context_only = False
+    blocks = 0
+    stamps: list[tuple[Any, int, int]] | None = None
+    query_cudagraph_manager: Any = None
+    context_cudagraph_manager: Any = None
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         speculative = vllm_config.speculative_config
@@ -44,11 +56,76 @@ class SpeculatorParts:
         self.draft_token_confidence_probs: Tensor
         self.block_confidences = self.draft_token_confidence_probs.fill_(1.0)
         self.draft_token_confidence_probs = self.block_confidences[:, : self.asked]
+        self.clock = landing.clock(device)
+        self._nothing = torch.full((self.max_num_reqs, self.asked), -1, dtype=torch.int64, device=device)
 
-    def propose(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The first k drafts of every request's block, ``[R, k]``."""
-        drafts: Tensor = super().propose(*args, **kwargs)  # type: ignore[misc]
+    def start_policy(self, runner: Any) -> None:
+        """The runner is ready and nobody is served yet."""
+        from vllm_dspark.engine import v2_start
+
+        v2_start.start(runner)
+
+    def observe_verification(self, idx_mapping: Tensor, num_sampled: Tensor, num_rejected: Tensor) -> None:
+        super().observe_verification(idx_mapping, num_sampled, num_rejected)  # type: ignore[misc]
+        if self.rounds is not None:
+            self.rounds.sampled(num_sampled, num_rejected)
+
+    def propose(self, input_batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The first k drafts of every request's block, ``[R, k]``; -1 where nothing was drafted."""
+        if kwargs.get("dummy_run") or self.rounds is None:
+            self._stamp(input_batch)
+            drafts: Tensor = super().propose(input_batch, *args, **kwargs)  # type: ignore[misc]
+            self._stamp(input_batch)
+            return drafts[:, : self.asked]
+        if self.rounds.begin(input_batch):
+            drafts = super().propose(input_batch, *args, **kwargs)  # type: ignore[misc]
+        else:
+            with self._only_context():
+                drafts = super().propose(input_batch, *args, **kwargs)  # type: ignore[misc]
+            if not input_batch.has_structured_output_reqs:  # a grammar is asked about the drafts, and knows no -1
+                drafts = self._nothing[: input_batch.num_reqs]
+        sure = self.use_confidence_head or self.use_acceptance_estimator
+        self.rounds.end(self.block_confidences if sure else None)
         return drafts[:, : self.asked]
+
+    def _stamp(self, batch: Any) -> None:
+        if self.stamps is not None:
+            self.stamps.append((self.clock.mark(), batch.num_reqs, batch.num_tokens))
+
+    @contextlib.contextmanager
+    def _only_context(self) -> Iterator[None]:
+        """Steps in here write context K/V; nothing else of the draft model runs. They replay graphs of their own."""
+        query, self.query_cudagraph_manager = self.query_cudagraph_manager, self.context_cudagraph_manager
+        self.context_only = True
+        try:
+            yield
+        finally:
+            self.query_cudagraph_manager, self.context_only = query, False
+
+    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
+        super().init_cudagraph_manager(cudagraph_mode)  # type: ignore[misc]
+        query = self.query_cudagraph_manager
+        super().init_cudagraph_manager(cudagraph_mode)  # type: ignore[misc]
+        self.query_cudagraph_manager, self.context_cudagraph_manager = query, self.query_cudagraph_manager
+
+    def capture(self) -> None:
+        super().capture()  # type: ignore[misc]
+        with self._only_context():
+            super().capture()  # type: ignore[misc]
+
+    def _prepare_graph_forward(self, num_reqs: int, attn_metadata: dict[str, Any] | None) -> None:
+        super()._prepare_graph_forward(num_reqs, None if self.context_only else attn_metadata)  # type: ignore[misc]
+
+    def _build_uniform_attn_metadata(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        if self.context_only:
+            return None
+        metadata: dict[str, Any] | None = super()._build_uniform_attn_metadata(*args, **kwargs)  # type: ignore[misc]
+        return metadata
+
+    def _generate_draft(self, *args: Any, **kwargs: Any) -> None:
+        if not self.context_only:
+            self.blocks += 1
+            super()._generate_draft(*args, **kwargs)  # type: ignore[misc]
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         models.register()

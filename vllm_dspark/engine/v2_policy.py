@@ -1,0 +1,105 @@
+"""The policy's hands in the V2 runner: how many of the drafts that were scheduled are verified.
+
+The scheduler schedules k drafts of every request, whether or not they were made; the runner asks its
+``adaptive_verification`` for less. There are two forms:
+
+- *on the device*, vLLM's own: the host fixes the budget, the device spends it on the best drafts of this round. It needs
+  attention that takes lengths the host does not know, and graphs captured for them.
+- *on the host*: the lengths too are fixed before the round, from earlier ones. The host knows every length, so this runs with
+  any attention backend, eagerly, and with LoRA.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
+
+from vllm_dspark.engine.v2_rounds import Rounds
+
+Counts = NDArray[np.int32]
+
+
+class HostVerification:
+    """Takes the place of vLLM's ``AdaptiveVerificationManager``; the runner calls the methods in this order."""
+
+    def __init__(self, rounds: Rounds, runner: Any, tail: tuple[Any, ...] = ()) -> None:
+        """Args: tail: what this vLLM expects of :meth:`reallocate_drafts` beside the three results."""
+        self.rounds, self.runner, self._tail = rounds, runner, tail
+        self._order: list[str] = []
+        self._lengths: Counts = np.zeros(0, dtype=np.int32)
+        self._begins: Counts = np.zeros(1, dtype=np.int32)
+
+    def add_request(self, req_idx: int) -> None:
+        """Nothing is kept per slot."""
+
+    def get_num_tokens(self, num_tokens_per_req: dict[str, int], draft_tokens: dict[str, list[int]]) -> int:
+        """Tokens of the step with the drafts that are verified."""
+        self.rounds.verify(num_tokens_per_req, draft_tokens, ranked_later=False)
+        lengths = self.rounds.lengths()
+        self._order = sort_batch_req_ids(num_tokens_per_req, draft_tokens, self.runner.decode_query_len)
+        self._lengths = np.array([lengths.get(name, 0) for name in self._order], dtype=np.int32)
+        return sum(num_tokens_per_req.values()) - sum(map(len, draft_tokens.values())) + int(self._lengths.sum())
+
+    def compact_batch(
+        self, num_draft_tokens_per_req: Counts, num_scheduled_tokens: Counts, cu_num_logits_np: Counts
+    ) -> tuple[Counts, Counts]:
+        """Tokens of each request, ``(R,)``, and where their logits begin, ``(R + 1,)``.
+
+        ``num_scheduled_tokens`` is changed in place: all that the runner plans on the host, LoRA included, is then exact.
+        """
+        bonus = self.runner.model_state.num_new_sampled_tokens_per_step
+        num_scheduled_tokens -= num_draft_tokens_per_req - self._lengths
+        begins = np.zeros_like(cu_num_logits_np)
+        np.cumsum(self._lengths + bonus, out=begins[1:])
+        self._begins = begins
+        return num_scheduled_tokens, begins
+
+    def reallocate_drafts(self, req_ids: Sequence[str], idx_mapping: Tensor) -> tuple[Any, ...]:
+        """Where logits begin and queries begin, on the device, and the number of drafts."""
+        if list(req_ids) != self._order:
+            raise RuntimeError(f"the batch is {list(req_ids)}, lengths were chosen for {self._order}; please report this")
+        begins = torch.from_numpy(self._begins).to(idx_mapping.device, non_blocking=True)
+        return begins, self.runner.input_buffers.query_start_loc, int(self._lengths.sum()), *self._tail
+
+    def record_confidences(self, confidence_probs: Tensor, input_batch: Any) -> None:
+        """They have been sent to the host already."""
+
+
+def device_verification(original: Any) -> Any:
+    """vLLM's ``AdaptiveVerificationManager`` with budgets from our policy; compaction and ranking stay vLLM's."""
+
+    class DeviceVerification(original):
+        rounds: Rounds  # set before anything is served
+
+        def batches_to_profile(self, capture_sizes: list[int]) -> Iterator[dict[str, int]]:
+            """None: step times are measured once for all forms, see v2_costs.py."""
+            return iter(())
+
+        def set_initial_cost_curves(self, samples: list[Any]) -> None:
+            """The policy has its own."""
+
+        def get_num_tokens(self, num_tokens_per_req: dict[str, int], draft_tokens: dict[str, list[int]]) -> int:
+            caps = self.rounds.verify(num_tokens_per_req, draft_tokens, ranked_later=True)
+            sure = {name: count - len(draft_tokens.get(name, ())) for name, count in num_tokens_per_req.items()}
+            room = max(0, self._max_total_logits - len(sure) * self.num_bonus_tokens)
+            budget = min(self.rounds.allotment.budget, room)
+            self._batch_budget = caps, sure, budget
+            return sum(sure.values()) + budget
+
+        def reallocate_drafts(self, req_ids: list[str], idx_mapping: Tensor) -> tuple[Any, ...]:
+            slots = [self.req_states.req_id_to_index[name] for name in self.rounds.forced()]
+            if slots:
+                first = torch.tensor(slots, dtype=torch.long).to(idx_mapping.device, non_blocking=True)
+                self._confidence_probs.index_fill_(0, first, 1.0)
+            result: tuple[Any, ...] = super().reallocate_drafts(req_ids, idx_mapping)
+            return result
+
+        def record_confidences(self, confidence_probs: Tensor, input_batch: Any) -> None:
+            """What the device will rank by; the copies for the host have been sent already."""
+            self._confidence_probs[input_batch.idx_mapping] = confidence_probs[: input_batch.num_reqs]
+
+    return DeviceVerification

@@ -1,0 +1,257 @@
+"""Between the V2 runner and the policy: what landed of earlier rounds, and what is decided for the next.
+
+The runner prepares a step while the device still works on the one before. So a round's confidences are read when the next
+round begins, and its verdict one round after that, always at the same point and never "when it is ready": every rank of a
+tensor-parallel group sees the same numbers in the same order. Times differ between ranks; rank 0's are used on all.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_dspark.engine.landing import Clock, Landing, Parcel, counts
+from vllm_dspark.engine.rounds import request_options
+from vllm_dspark.verification.asynchronous import Allotment, AsynchronousPolicy, Flight, Step, nobody
+from vllm_dspark.verification.cost import StepTiming
+from vllm_dspark.verification.records import RoundInput, Rows
+
+logger = logging.getLogger("vllm.dspark")
+
+EAGER, EVERY = 64, 8  # all of the first rounds are timed, then one of so many
+SHARED = 64  # rounds between two exchanges of times, where there are several ranks
+
+
+class Counters(Protocol):
+    """Where the drafts' fates are counted."""
+
+    def add(self, verified: int, accepted: int, trimmed: int, undrafted: int, skipped: bool) -> None:
+        """One step's."""
+
+
+@dataclass
+class Landed:
+    """One step of the runner and the round that followed it.
+
+    Attributes:
+        names: the batch's order. flight: of the round; judged: the flight that the step verified. room: drafts that were
+            scheduled of it. outcome: tokens sampled and logits rejected, each ``(R,)``. confidences: ``(R, γ)``.
+        started, ended: of the drafting. shape: of the step, if it can be learned from; without its drafts.
+        verified: drafts in all, once that has landed.
+    """
+
+    names: Sequence[str]
+    flight: Flight
+    judged: Flight
+    room: Mapping[str, int]
+    outcome: Parcel | None
+    started: Any
+    shape: StepTiming | None
+    drafting: bool = True
+    confidences: Parcel | None = None
+    ended: Any = None
+    verified: int = 0
+
+
+class Rounds:
+    """Runs the policy for the requests of a V2 runner."""
+
+    def __init__(
+        self,
+        policy: AsynchronousPolicy,
+        runner: Any,
+        landing: Landing,
+        clock: Clock,
+        agree: Callable[[Any], Any] | None = None,
+        counters: Counters | None = None,
+        whole: bool = False,
+        always: bool = False,
+    ) -> None:
+        """Begin without a history.
+
+        Args:
+            agree: gives every rank rank 0's value; None where there is one rank. whole: steps verify everything or nothing.
+            always: the block forward runs whatever is decided, because other engines wait for it.
+        """
+        self.policy, self.runner = policy, runner
+        self._landing, self._clock, self._agree, self._counters = landing, clock, agree, counters
+        self._whole, self._always = whole, always
+        self._options: dict[str, Any] = {}
+        self._arrived: set[str] = set()  # since the last round
+        self._names: Sequence[str] = ()
+        self._flight = nobody(0, "nothing yet")
+        self._verifying = self._flight
+        self._room: Mapping[str, int] = {}
+        self._outcome: Parcel | None = None
+        self._landed: list[Landed] = []  # the last three, newest first
+        self._times: list[StepTiming] = []
+        self._round = 0
+        self.allotment = Allotment(counts([]), 0, counts([]))
+
+    def announce(self, request: str, extra_args: Any) -> None:
+        """A request comes, with options of its own among its extra arguments."""
+        self._options[request] = request_options(extra_args)
+        self._arrived.add(request)  # one that was preempted has a new slot: what it drafted is gone
+
+    def verify(self, tokens: Mapping[str, int], drafts: Mapping[str, Sequence[int]], ranked_later: bool) -> dict[str, int]:
+        """Most drafts of each request that the step to come verifies; how many in all, and how they are spread, is in
+        :attr:`allotment`.
+
+        Args:
+            tokens, drafts: scheduled for each request; drafts that were not made are among them. ranked_later: see
+                :meth:`AsynchronousPolicy.allot`.
+        """
+        flight = self._flight
+        room = {name: len(drafts.get(name, ())) for name in tokens}
+        limits = counts([0 if name in self._arrived else room.get(name, 0) for name in flight.requests])
+        sure = sum(tokens.values()) - sum(room.values())
+        context = float(self.runner.req_states.num_computed_tokens_np[self._slots(list(tokens))].sum())
+        self.allotment = self.policy.allot(flight, Step(sure, len(tokens), context), limits, ranked_later, self._whole)
+        self._verifying, self._room = flight, room
+        return dict.fromkeys(tokens, 0) | dict(zip(flight.requests, self.allotment.caps.tolist(), strict=True))
+
+    def lengths(self) -> dict[str, int]:
+        """How the allotment is spread over the flight's requests."""
+        return dict(zip(self._verifying.requests, self.allotment.lengths.tolist(), strict=True))
+
+    def forced(self) -> list[str]:
+        """Requests of the flight whose drafts are verified whatever the others' are worth."""
+        return [self._verifying.requests[row] for row in (~self._verifying.adaptive).nonzero()[0]]
+
+    def _slots(self, names: Sequence[str]) -> NDArray[np.int64]:
+        where = self.runner.req_states.req_id_to_index
+        return counts([where[name] for name in names])
+
+    def sampled(self, num_sampled: Any, num_rejected: Any) -> Parcel:
+        """The step has sampled: tokens of each request and logits rejected, device tensors ``(R,)``."""
+        self._outcome = self._landing.send(num_sampled, num_rejected)
+        return self._outcome
+
+    def begin(self, batch: Any) -> bool:
+        """Learn from what has landed and choose who drafts; whether the block forward has to run."""
+        self._round += 1
+        self._arrived.clear()
+        self._learn()
+        names = list(batch.req_ids)
+        if names != self._names:
+            self._meet(names)
+        inputs, rows, clean = self._inputs(batch, names)
+        self._flight = nobody(self._round, "nobody can draft")
+        if rows:
+            self.policy.begin_round(inputs)
+            self._flight = self.policy.depart()
+            self._flight.rows = counts(rows)[self._flight.rows]
+        shape = None
+        if clean and (self._round <= EAGER or self._round % EVERY < 2):  # a time takes two rounds in a row
+            shape = StepTiming(len(names), len(names), float(np.sum(inputs.contexts)), 1.0)
+        now = Landed(
+            names, self._flight, self._verifying, self._room, self._outcome,
+            None if shape is None else self._clock.mark(), shape,
+        )  # fmt: skip
+        self._verifying, self._room, self._outcome = nobody(self._round, "verified nothing"), {}, None
+        now.drafting = bool(self._flight.slots.size) or self._always
+        self._landed = [now, *self._landed[:2]]
+        return now.drafting
+
+    def end(self, confidences: Any) -> None:
+        """The round is drafted, or was skipped. ``confidences``: device tensor ``(R, γ)``; None: there is no head."""
+        now = self._landed[0]
+        if now.shape is not None:
+            now.ended = self._clock.mark()
+        if now.flight.slots.size and confidences is not None:
+            now.confidences = self._landing.send(confidences[: len(now.names)])
+
+    def last_outcome(self) -> tuple[list[str], Parcel] | None:
+        """Names of the batch and the outcome of the step that was sampled last; None if that step sampled nothing."""
+        last = self._landed[0] if self._landed else None
+        return (list(last.names), last.outcome) if last is not None and last.outcome is not None else None
+
+    def _learn(self) -> None:
+        """The last round's confidences, the verdict of the step before it, and the time of the round before that."""
+        if not self._landed:
+            return
+        last, *earlier = self._landed
+        if last.outcome is not None:
+            sampled, rejected = (array.astype(np.int64) for array in last.outcome.open())
+            verified = np.where(sampled > 0, np.maximum(sampled + rejected - 1, 0), 0)
+            last.verified = int(verified.sum())
+            self._judge(last, verified, np.maximum(sampled - 1, 0))
+        if last.flight.slots.size:
+            raw = None if last.confidences is None else last.confidences.open()[0][last.flight.rows]
+            self.policy.drew(last.flight, raw)
+        if len(earlier) == 2:  # the device is past all of their marks
+            after, before = earlier
+            if before.ended is not None and after.shape is not None and set(before.names) & set(after.names):
+                self._time(before, after, after.shape)
+
+    def _judge(self, last: Landed, verified: Rows, accepted: Rows) -> None:
+        place = {name: row for row, name in enumerate(last.names)}
+        rows = counts([place.get(name, -1) for name in last.judged.requests])
+        here = rows >= 0
+        self.policy.judged(last.judged, np.where(here, verified[rows], 0), np.where(here, accepted[rows], 0))
+        if self._counters is not None:
+            drafted = dict.fromkeys(last.judged.requests)
+            known = sum(room for name, room in last.room.items() if name in drafted)
+            done, right = int(verified.sum()), int(np.minimum(accepted, verified).sum())
+            every = sum(last.room.values())
+            self._counters.add(done, right, max(known - done, 0), every - known, not last.drafting)
+
+    def _time(self, before: Landed, after: Landed, shape: StepTiming) -> None:
+        """The time from one drafting to the next belongs to the drafting and to the step that verified it."""
+        total = self._clock.seconds(before.started, after.started)
+        drafting = self._clock.seconds(before.started, before.ended) if before.drafting else 0.0
+        drafted = len(before.names) if before.drafting else 0
+        self._times.append(
+            replace(
+                shape, tokens=shape.tokens + after.verified, target_seconds=total - drafting, drafted=drafted,
+                draft_context=shape.context if drafted else 0.0, draft_seconds=drafting,
+            )
+        )  # fmt: skip
+        if self._agree is None:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        times, self._times = self._times, []
+        for timing in times:
+            self.policy.timed(timing)
+
+    def exchange(self) -> None:
+        """Every so many rounds, take rank 0's times instead of our own."""
+        if self._agree is not None and self._round % SHARED == 0:
+            self._times = self._agree(self._times)
+            self._hand_over()
+
+    def _meet(self, names: list[str]) -> None:
+        """Tell the policy of requests that came and of those that went."""
+        alive = self.runner.req_states.req_id_to_index
+        gone = [name for name in self._names if name not in alive]
+        self.policy.finish(gone)
+        known = set(self._names) - set(gone)
+        for name in names:
+            if name not in known:
+                options = self._options.get(name) or request_options(None)
+                kind = options.dspark_policy
+                kind = None if kind == "adaptive" and self.policy.cost is None else kind
+                self.policy.add(name, options.dspark_max_draft_tokens, kind)
+        self._options = {name: options for name, options in self._options.items() if name in alive}
+        self._names = names
+
+    def _inputs(self, batch: Any, names: list[str]) -> tuple[RoundInput, list[int], bool]:
+        """Who can draft, the rows of those, and whether the step only decoded."""
+        count = batch.num_reqs
+        contexts = batch.seq_lens_cpu_upper_bound[:count].numpy().astype(np.int64)
+        prompt = batch.prefill_len_np[:count].astype(np.int64)
+        there = batch.num_computed_tokens_np[:count] + batch.num_scheduled_tokens[:count]
+        sampling = there >= prompt
+        room = self.runner.max_model_len - self.runner.speculator.num_query_per_req
+        limits = np.where(contexts <= room, self.runner.speculator.asked, 0)
+        rows = sampling.nonzero()[0]
+        waiting = int(np.maximum(prompt - there, 0).sum())
+        waiting = min(waiting, max(self.runner.max_num_tokens - rows.size, 0))
+        inputs = RoundInput(
+            [names[row] for row in rows.tolist()], contexts[rows], limits[rows], waiting, float(contexts[~sampling].sum())
+        )
+        return inputs, rows.tolist(), bool(sampling.all()) and not batch.has_prefill
