@@ -22,6 +22,7 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Measure:
     from vllm_dspark.engine import profiling
 
     monkeypatch.setattr(profiling, "key", lambda *_: {"device": "test"})
+    monkeypatch.setattr(profiling, "get_tp_group", lambda: SimpleNamespace(broadcast_object=lambda value: value))
     monkeypatch.setattr(profiling.Profiler, "_upkeep", lambda _: 0.0)
     group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=32))
     runner: Any = SimpleNamespace(

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
@@ -84,9 +85,10 @@ class Measuring(Protocol):
 
 
 def table(runner: Any, proposer: Any, seconds: float, folder: str | None) -> CostTable:
-    """Step times of a V1 runner, see :func:`known`."""
+    """Step times of a V1 runner, see :func:`known`. All tensor-parallel ranks call this together."""
     depends = key(runner.vllm_config, proposer.draft_model_config, proposer.queries)
-    return known(depends, seconds, folder, lambda: Profiler(runner, proposer))
+    agree = get_tp_group().broadcast_object
+    return known(depends, seconds, folder, lambda: Profiler(runner, proposer, agree), agree)
 
 
 def known(
@@ -117,7 +119,6 @@ def known(
                 logger.info("DSpark step times: from %s", path)
                 return kept
             logger.info("DSpark step times: measuring, for at most %.0f s (see the option profile_seconds)", seconds)
-            measuring = profiler()
             found = measuring.table(began + seconds)
     except Exception as error:
         logger.warning("DSpark step times cannot be measured (%s: %s); serving will teach them", type(error).__name__, error)
@@ -165,8 +166,9 @@ class Script:
 class Profiler:
     """Decodes made-up requests on a V1 runner."""
 
-    def __init__(self, runner: Any, proposer: Any) -> None:
-        self.runner, self.proposer = runner, proposer
+    def __init__(self, runner: Any, proposer: Any, agree: Callable[[Any], Any]) -> None:
+        """Args: agree: gives every rank rank 0's value."""
+        self.runner, self.proposer, self.agree = runner, proposer, agree
         self.width = min(proposer.num_speculative_tokens, proposer.width)
         self.blocks = runner.kv_cache_config.num_blocks - 1  # block 0 is nobody's
         self.groups = [group.kv_cache_spec.block_size for group in runner.kv_cache_config.kv_cache_groups]
@@ -174,7 +176,7 @@ class Profiler:
         self.names = 0
 
     def table(self, deadline: float) -> CostTable:
-        """Measure shapes until all passes are done or the deadline has come, and fit them.
+        """Measure shapes until all passes are done or rank 0's deadline has come, and fit them.
 
         Raises:
             ValueError: there was not even time for one step with drafts and one without.
@@ -193,7 +195,7 @@ class Profiler:
         usual, self.proposer.rounds = self.proposer.rounds, script
         try:
             for requests, drafts, context in shapes:
-                if time.perf_counter() > deadline:
+                if self.agree(time.perf_counter() > deadline):
                     break
                 self._shape(script, requests, drafts, context)
         finally:

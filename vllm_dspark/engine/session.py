@@ -106,6 +106,10 @@ class EngineProcess:
         numbers: dict[str, Any] = self._ask("explain")
         return numbers
 
+    def call(self, function: str, *arguments: Any) -> Any:
+        """What ``function``, a "module:function" given the ``vllm.LLM`` and these arguments, returns over there."""
+        return self._ask("call", function, *arguments)
+
     def _ask(self, what: str, *arguments: Any) -> Any:
         self.wait()
         self._pipe.send((what, arguments))
@@ -148,14 +152,13 @@ def _serve(pipe: Connection, log: str, environment: dict[str, str], prepare: str
     os.environ.update(environment)
     try:
         if prepare is not None:
-            module, _, function = prepare.partition(":")
-            getattr(importlib.import_module(module), function)()
+            _find(prepare)()
         from vllm import LLM
 
         engine = LLM(**{"disable_log_stats": False, "seed": 0, **options})
         pipe.send(("ready", None))
         answers: dict[str, Callable[..., Any]] = {
-            "run": _run, "refused": _refused, "tokenize": _tokenize, "explain": _explain
+            "run": _run, "refused": _refused, "tokenize": _tokenize, "explain": _explain, "call": _call
         }  # fmt: skip
         while (question := pipe.recv()) is not None:
             what, arguments = question
@@ -197,6 +200,16 @@ def _run(engine: Any, prompts: list[Any], concurrency: int, sampling: dict[str, 
         accepted_at=change.get("num_accepted_tokens_per_pos", ()),
         top=[_top(output) for output in ordered] if sampling.get("logprobs") else None,
     )
+
+
+def _find(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def _call(engine: Any, function: str, *arguments: Any) -> Any:
+    return _find(function)(engine, *arguments)
 
 
 def _refused(engine: Any, prompt: str, sampling: dict[str, Any]) -> str:

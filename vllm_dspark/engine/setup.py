@@ -31,8 +31,8 @@ def cost(proposer: Any) -> CostModel | None:
     options: DSparkOptions = proposer.options
     if options.policy != "adaptive":
         return None
-    alone = proposer.vllm_config.parallel_config.world_size == 1  # ranks with a deadline each would part ways
-    table = profiling.table(proposer.runner, proposer, options.profile_seconds if alone else 0.0, options.cache_dir)
+    whole = proposer.vllm_config.parallel_config.pipeline_parallel_size == 1  # else no rank can run a step by itself
+    table = profiling.table(proposer.runner, proposer, options.profile_seconds if whole else 0.0, options.cache_dir)
     requests = proposer.max_batch_size
     return CostModel(table, requests * (1 + proposer.num_speculative_tokens), requests)
 
