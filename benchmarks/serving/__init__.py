@@ -1,0 +1,1 @@
+"""The parts of ``gpu_serving.py``: acceptance, models without weights, what runs inside an engine, tables."""
