@@ -93,9 +93,7 @@ def _ratio(found: Mapping[str, float] | None) -> str:
 
 
 def split_table(cells: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(
-        title="Tokens of a request per step; milliseconds of a step run by itself (sequential: of draft; policy: on the host)"
-    )
+    table = Table(title="Tokens of a request per step; milliseconds of a step run alone (sequential: of draft; policy: host)")
     for name in ("domain", "context", "c", "arm", "tokens", *PARTS):
         table.add_column(name, justify="left" if name in ("domain", "arm") else "right")
     for cell in cells:
