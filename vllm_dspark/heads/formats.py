@@ -1,0 +1,88 @@
+"""How W2 is kept: as it came, or eight bits a weight with one float32 scale a row.
+
+    int8:  scale_v = max_j |w_vj| / 127,  q = round(w / scale)
+    fp8:   scale_v = max_j |w_vj| / 448,  q = e4m3(w / scale)
+
+W2 is read once a step, so its bytes are the step's time at small batches. Verification is told the q that was sampled
+from, made with these weights: the format can change how many drafts are accepted, never what is generated.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+WeightFormat = Literal["native", "int8", "fp8"]
+WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+_LARGEST = {"int8": 127.0, "fp8": torch.finfo(torch.float8_e4m3fn).max}
+FP8_SHIFT = 256.0
+ROWS = 1 << 14  # quantised at a time, so that a large matrix needs little more memory than its result
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A matrix ``[rows, columns]`` in a format.
+
+    fp8 values are bytes. ``scale`` is ``[rows]`` float32, None for native; that of fp8 is times 2^8, because
+    ``kernels.common.dequantise`` yields e4m3 values times 2^-8.
+    """
+
+    values: Tensor
+    scale: Tensor | None
+    format: WeightFormat
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix that the kernels multiply with."""
+        if self.scale is None:
+            return self.values.to(dtype)
+        if self.format == "fp8":
+            return (self.values.view(torch.float8_e4m3fn).float() * (self.scale[:, None] / FP8_SHIFT)).to(dtype)
+        return (self.values.float() * self.scale[:, None]).to(dtype)
+
+
+def store(weight: Tensor, format: WeightFormat) -> Stored:
+    """Quantise ``weight`` ``[rows, columns]``.
+
+    Raises:
+        ValueError: an unknown format, or weights that are not finite.
+    """
+    if format not in WEIGHT_FORMATS:
+        raise ValueError(f"weight format {format!r}; expected one of {', '.join(WEIGHT_FORMATS)}")
+    if format == "native":
+        return Stored(weight.contiguous(), None, format)
+    values = torch.empty(weight.shape, dtype=torch.int8 if format == "int8" else torch.uint8, device=weight.device)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    for start in range(0, weight.shape[0], ROWS):
+        rows = weight[start : start + ROWS].float()
+        largest = rows.abs().amax(1)
+        if not bool(torch.isfinite(largest).all()):
+            raise ValueError(f"rows {start}..{start + len(rows) - 1} hold values that are not finite and cannot be quantised")
+        step = torch.where(largest > 0, largest, 1.0) / _LARGEST[format]
+        scaled = rows / step[:, None]
+        quantised = scaled.round().to(torch.int8) if format == "int8" else scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+        values[start : start + ROWS] = quantised
+        scale[start : start + ROWS] = step * FP8_SHIFT if format == "fp8" else step
+    return Stored(values, scale, format)
+
+
+def report(name: str, weight: Tensor, stored: Stored) -> str:
+    """One line: the sizes, and the relative error over the matrix and of the worst row."""
+    error = torch.zeros(weight.shape[0], dtype=torch.float64)
+    norm = torch.zeros_like(error)
+    for start in range(0, weight.shape[0], ROWS):
+        part = slice(start, start + ROWS)
+        scale = None if stored.scale is None else stored.scale[part]
+        kept = Stored(stored.values[part], scale, stored.format).dequantise()
+        error[part] = (weight[part].float() - kept).double().square().sum(1).cpu()
+        norm[part] = weight[part].double().square().sum(1).cpu()
+    worst = (error / norm.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().max()
+    whole = (error.sum() / norm.sum().clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    return (
+        f"{name} as {stored.format}: {weight.nbytes / 1e6:.1f} MB -> {stored.nbytes / 1e6:.1f} MB, "
+        f"relative error {whole:.2%}, worst row {worst:.2%}"
+    )
