@@ -17,7 +17,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_dspark.engine.pair import ARCHITECTURES
 from vllm_dspark.heads.modules import ConfidenceHead, HeadKind, MarkovHead
-from vllm_dspark.heads.stage import Stage
+from vllm_dspark.heads.drawn import Stage
 
 HEADS = ("markov_head.", "confidence_head.")
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from vllm_dspark.heads import reference
 from vllm_dspark.heads.modules import ConfidenceHead, HeadKind, MarkovHead
-from vllm_dspark.heads.stage import Stage
+from vllm_dspark.heads.drawn import Stage
 
 VOCABULARY, DRAFTED, RANK, HIDDEN, SLOTS, REQUESTS = 97, 61, 6, 16, 5, 8
 TARGET_IDS = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(9))[:DRAFTED].sort().values

@@ -1,0 +1,76 @@
+"""Which implementation is built, and that the log says which and why in one line."""
+
+import logging
+
+import pytest
+import torch
+
+from vllm_dspark.heads import choose
+from vllm_dspark.heads.candidates import Candidates
+from vllm_dspark.heads.modules import MarkovHead
+from vllm_dspark.heads.stage import Draws, EagerStage, Round
+from vllm_dspark.heads.weights import prepare
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def weights():
+    torch.manual_seed(0)
+    return prepare(MarkovHead("vanilla", 31, 31, 4, 8).requires_grad_(False), None, 31, w2_format="int8")
+
+
+@pytest.fixture
+def said(caplog):
+    """The lines logged so far."""
+    caplog.set_level(logging.INFO, logger="vllm.dspark")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_a_cpu_gets_the_eager_stage_and_one_line_with_the_reason(weights, said, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    stage = choose.build_stage(weights, 4, 3, CPU)
+    assert isinstance(stage, EagerStage)
+    assert said() == [
+        "sequential stage: eager torch, because there is no Triton target for cpu tensors; vanilla head of rank 4, W2 int8"
+    ]
+
+
+def test_candidates_are_in_the_line(weights, said, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    choose.build_stage(weights, 4, 3, CPU, Candidates(8))
+    assert said()[0].endswith("W2 int8, 8 + 0 candidates")
+
+
+def test_without_triton_it_says_so(weights, monkeypatch):
+    monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: None)
+    assert choose.why_not_fused(weights, CPU) == "Triton is not installed"
+
+
+def test_what_cannot_run_is_refused_when_it_is_asked_for(weights, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="cannot run: there is no Triton target for cpu tensors"):
+        choose.build_stage(weights, 4, 3, CPU, implementation="fused")
+    with pytest.raises(ValueError, match="'fast'; expected one of auto, fused, compiled, eager"):
+        choose.build_stage(weights, 4, 3, CPU, implementation="fast")
+
+
+def test_a_rank_beyond_the_kernels_is_a_reason(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    weights = prepare(MarkovHead("vanilla", 5, 5, 600, 8), None, 5)
+    assert choose.why_not_fused(weights, CPU) == "the head's rank is 600; the kernels go to 512"
+
+
+@pytest.mark.parametrize("implementation", ["auto", "eager"])
+def test_what_is_built_drafts(weights, implementation, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    stage = choose.build_stage(weights, 2, 3, CPU, implementation=implementation)
+    tokens = torch.full((2, 3), -1)
+    draws = Draws(torch.tensor([0.0, 1.0]), torch.tensor([1, 2]), torch.arange(6).view(2, 3) + 1)
+    stage.draft(Round(None, torch.randn(2, 3, 31), torch.tensor([3, 4]), tokens, draws=draws))
+    assert bool(((tokens >= 0) & (tokens < 31)).all())
+
+
+def test_w2_of_another_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="markov_w2 has 31 rows; the draft vocabulary has 30"):
+        prepare(MarkovHead("vanilla", 31, 31, 4, 8), None, 30)

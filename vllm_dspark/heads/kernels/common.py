@@ -1,0 +1,121 @@
+"""What several kernels begin or end with: which rows are real, the token before this slot, what is known once it is known."""
+
+import triton
+import triton.language as tl
+
+from vllm_dspark.heads.kernels.pack import unpack
+
+_LOWEST = tl.constexpr(-(1 << 63))
+
+
+@triton.jit
+def sigmoid(x):
+    """Float32; exact limits on both sides."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+# Triton's interpreter keeps bfloat16 as bit patterns, and its dot multiplies those.
+INTERPRETED = tl.constexpr(not isinstance(sigmoid, triton.JITFunction))
+
+
+@triton.jit
+def tanh(x):
+    """Float32, absolute error about 1e-7."""
+    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+
+
+@triton.jit
+def request_slots(index, index_row, rows, batch):
+    """Request slots of ``rows`` (int64, 0 where padded) and which rows are real."""
+    valid = rows < batch
+    slots = rows.to(tl.int64)
+    if index is not None:
+        slots = tl.load(index + rows * index_row, mask=valid, other=-1).to(tl.int64)
+        valid = valid & (slots >= 0)
+    return tl.where(valid, slots, 0), valid
+
+
+@triton.jit
+def previous_tokens(
+    anchors,
+    anchor_row,
+    partials,
+    parts,
+    target_ids,
+    vocab,
+    rows,
+    valid,
+    FIRST: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """x_{k-1} as target ids, int64 (0 where padded): the anchors, or the best of the last step's packed maxima."""
+    if FIRST:
+        tokens = tl.load(anchors + rows * anchor_row, mask=valid, other=0).to(tl.int64)
+    else:
+        part = tl.arange(0, BLOCK_PARTS)
+        mask = valid[:, None] & (part < parts)[None, :]
+        packed = tl.load(partials + rows[:, None] * parts + part[None, :], mask=mask, other=_LOWEST)
+        tokens = tl.minimum(unpack(tl.max(packed, axis=1)), vocab - 1)
+        if target_ids is not None:
+            tokens = tl.load(target_ids + tokens, mask=valid, other=0)
+    return tokens
+
+
+@triton.jit
+def record(
+    previous,
+    tokens,
+    tokens_row,
+    hidden_confidences,
+    confidence_table,
+    confidences,
+    confidences_row,
+    slots,
+    k,
+    rows,
+    valid,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """Write x_{k-1}, and c_k = sigmoid(w_h h_k + b + w_e W1[x_{k-1}]), whose last term is a table of V scalars."""
+    if not FIRST:
+        tl.store(tokens + rows * tokens_row + k - 1, previous, mask=valid)
+    if not LAST and confidences is not None:
+        logit = tl.load(hidden_confidences + rows * slots + k, mask=valid, other=0.0)
+        if confidence_table is not None:
+            logit += tl.load(confidence_table + previous, mask=valid, other=0.0)
+        tl.store(confidences + rows * confidences_row + k, sigmoid(logit), mask=valid)
+
+
+@triton.jit
+def product(x, w, SPLIT: tl.constexpr):
+    """``x [M, R] @ w [N, R]^T`` in float32. One row is a multiply and sum on CUDA cores; more go through tensor cores.
+
+    Tensor cores take ``x`` rounded to the type of ``w``; SPLIT adds a second product with what the rounding lost.
+    """
+    if x.shape[0] == 1:
+        out = tl.sum(w.to(tl.float32) * x.to(tl.float32), axis=1)[None, :]
+    else:
+        high = x.to(w.dtype)
+        low = (x.to(tl.float32) - high.to(tl.float32)).to(w.dtype)
+        if INTERPRETED:
+            high, low, w = high.to(tl.float32), low.to(tl.float32), w.to(tl.float32)
+        out = tl.dot(high, tl.trans(w), input_precision="ieee")
+        if SPLIT:
+            out = tl.dot(low, tl.trans(w), out, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def dequantise(w, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """Weights as they are stored to DTYPE, exactly, row scales left out. fp8 comes as the bytes of e4m3.
+
+    An e4m3 byte shifted into a half's exponent is its value times 2^-8 (subnormals too), which the row scales make up for.
+    This needs no fp8 conversion instructions, so it runs everywhere. Integers pass through float32 on their way.
+    """
+    if FORMAT == "fp8":
+        bits = w.to(tl.uint16)
+        w = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    elif FORMAT == "int8":
+        w = w.to(tl.float32)
+    return w.to(DTYPE)

@@ -1,0 +1,117 @@
+"""The fused sequential stage: one launch a step for vanilla heads at small batches or over candidates, two otherwise."""
+
+import torch
+from torch import Tensor
+
+from vllm_dspark.heads.candidates import Candidates
+from vllm_dspark.heads.formats import Stored
+from vllm_dspark.heads.kernels.advance import advance
+from vllm_dspark.heads.kernels.buffers import allocate
+from vllm_dspark.heads.kernels.candidates import candidate_parts, candidate_step, wipe
+from vllm_dspark.heads.kernels.confidence import hidden_confidences
+from vllm_dspark.heads.kernels.launch import device_of, step_launch
+from vllm_dspark.heads.kernels.linear import linear
+from vllm_dspark.heads.kernels.step import step
+from vllm_dspark.heads.stage import Round
+from vllm_dspark.heads.weights import HeadWeights
+
+
+class FusedStage:
+    """Does what ``heads.stage.EagerStage`` does, in Triton.
+
+    Args:
+        weights: prepared on ``device``. max_batch: rows of the largest round, padding included; also the number of request
+            slots, where rounds name them. slots: K.
+        candidates: choose among these only. Processed logits must then hold -inf everywhere before the first round.
+    """
+
+    def __init__(
+        self,
+        weights: HeadWeights,
+        max_batch: int,
+        slots: int,
+        device: torch.device,
+        candidates: Candidates | None = None,
+    ) -> None:
+        self.name = "fused"
+        self.candidates = candidates
+        if candidates is not None:
+            shape = (max_batch, slots, candidates.top)
+            self._chosen = torch.zeros(shape, dtype=torch.int64, device=device)
+            self._values = torch.zeros(shape, dtype=weights.dtype, device=device)
+            self._written = torch.full((max_batch, slots, candidates.most), -1, dtype=torch.int32, device=device)
+        self.weights = weights
+        self.slots = slots
+        self.device = device_of(device)
+        self.buffers = allocate(weights, max_batch, slots, device)
+        self.broken = self.buffers.broken
+
+    def draft(self, round: Round) -> None:
+        """Write tokens, confidences and processed logits of ``round``.
+
+        Raises:
+            ValueError: more rows or slots than the buffers have, or strided ids or noise.
+        """
+        self._check(round)
+        batch, slots, vocab = round.logits.shape
+        self.broken.zero_()
+        if batch == 0:
+            return
+        weights = self.weights
+        weight_bytes = 0 if weights.w2 is None else weights.w2.values.element_size()
+        self._before(round)
+        if self.candidates is not None:
+            self._draft_candidates(round, self.candidates)
+            return
+        launch = step_launch(self.device, batch, vocab, weights.rank, weight_bytes, weights.kind)
+        for k in range(slots):
+            if not launch.fused:
+                advance(weights, self.buffers, round, k, launch.parts)
+            step(weights, self.buffers, round, k, launch)
+        advance(weights, self.buffers, round, slots, launch.parts)
+
+    def _draft_candidates(self, round: Round, candidates: Candidates) -> None:
+        batch, slots, _ = round.logits.shape
+        chosen, values = self._chosen[:batch], self._values[:batch]
+        torch.topk(round.logits, candidates.top, dim=-1, sorted=False, out=(values, chosen))
+        written: Tensor | None = None
+        if round.draws is not None and round.draws.processed is not None:
+            written = self._written
+            wipe(round, written)
+        parts = candidate_parts(candidates)
+        for k in range(slots):
+            if self.weights.kind not in ("vanilla", "none"):
+                advance(self.weights, self.buffers, round, k, parts)
+            candidate_step(self.weights, self.buffers, round, k, candidates, chosen, written)
+        advance(self.weights, self.buffers, round, slots, parts)
+
+    def _before(self, round: Round) -> None:
+        """All that needs hidden states alone."""
+        weights, buffers = self.weights, self.buffers
+        if weights.outer is not None and buffers.projected is not None:
+            assert round.hidden is not None
+            rows = round.hidden.flatten(0, 1)
+            linear(
+                rows,
+                Stored(weights.outer, None, "native"),
+                buffers.projected.flatten(0, 1)[: rows.shape[0]],
+                weights.outer_bias,
+            )
+        if round.confidences is not None and weights.confidence is not None:
+            assert round.hidden is not None
+            hidden_confidences(round.hidden, *weights.confidence, buffers.hidden_confidences)
+
+    def _check(self, round: Round) -> None:
+        batch, slots, _ = round.logits.shape
+        if batch > self.broken.shape[0] or slots != self.slots:
+            raise ValueError(
+                f"a round of {batch} rows and {slots} slots; the buffers are for up to {self.broken.shape[0]} and {self.slots}"
+            )
+        if round.logits.stride(-1) != 1 or round.tokens.stride(-1) != 1:
+            raise ValueError("logits and tokens need a contiguous last dimension")
+        if self.candidates is not None and round.draws is not None and round.draws.processed is not None:
+            held, built = round.draws.processed.shape[0], self.broken.shape[0]
+            if held > built:
+                raise ValueError(f"processed logits of {held} request slots; candidate mode was built for {built}")
+        if round.draws is not None and round.draws.noise is not None and not round.draws.noise.is_contiguous():
+            raise ValueError("injected noise must be contiguous")
