@@ -37,7 +37,7 @@ class Shape:
     hidden: int
 
 
-SHAPES = {"qwen3": Shape(151936, 256, 4096), "gemma4": Shape(262144, 256, 3840), "tiny": Shape(1024, 32, 192)}
+SHAPES = {"qwen3": Shape(151936, 256, 4096), "gemma4": Shape(262144, 256, 3840), "tiny": Shape(320, 32, 64)}
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,11 @@ def test_a_request_draws_the_same_wherever_it_stands():
     case = KernelCase("vanilla", batch=21, slots=3, vocab=301, rank=16, temperatures=(1.0,))
     together = run(case, build(case), injected=False).tokens
     assert together.unique().numel() > 10
-    for row in (0, 13):
-        case.real = torch.zeros(21, dtype=torch.bool)
-        case.real[row] = True
-        alone = run(case, build(case), injected=False).tokens
-        assert torch.equal(alone[row], together[row])
-        assert bool((alone[~case.real] == POISON).all())
+    case.real = torch.zeros(21, dtype=torch.bool)
+    case.real[13] = True
+    alone = run(case, build(case), injected=False).tokens
+    assert torch.equal(alone[13], together[13])
+    assert bool((alone[~case.real] == POISON).all())
 
 
 @pytest.mark.parametrize("processed_dtype", [torch.bfloat16, torch.float16])
