@@ -11,6 +11,8 @@ from torch import Tensor
 
 from vllm_dspark.heads import reference, sequential
 from vllm_dspark.heads.modules import ConfidenceHead, HeadKind, MarkovHead
+from vllm_dspark.heads.stage import EagerStage
+from vllm_dspark.heads.weights import prepare
 
 CONFIDENCE = {"none": "hidden"}  # every other head's confidence also reads its embedding, unless a case says otherwise
 TEMPERATURES = (0.0, 0.7, 1.0, 0.0, 1.6, 0.3, 1.0)
@@ -67,11 +69,16 @@ class Case:
         return {name: parameter.double() for name, parameter in named.items()}
 
     def draft(self, **changes: Any) -> sequential.Drafts:
+        """The eager stage's block; its q is over draft ids here, as :meth:`specified`'s is."""
+        weights = prepare(self.markov, self.confidence_head, self.target_ids)
         arguments = {
-            "markov": self.markov, "confidence": self.confidence_head, "hidden": self.hidden, "logits": self.logits,
-            "anchors": self.anchors, "temperature": self.temperature, "noise": self.noise, "target_ids": self.target_ids,
+            "stage": EagerStage(weights, self.batch, torch.device("cpu")), "hidden": self.hidden, "logits": self.logits,
+            "anchors": self.anchors, "temperature": self.temperature, "noise": self.noise, "vocab_size": self.vocab,
         }  # fmt: skip
-        return sequential.draft_block(**{**arguments, **changes})
+        drafts = sequential.draft_block(**{**arguments, **changes})
+        if drafts.probabilities is not None and self.target_ids is not None:
+            drafts = drafts._replace(probabilities=drafts.probabilities[..., self.target_ids])
+        return drafts
 
     def specified(self, temperature: Tensor | None = None, noise: Tensor | None = None) -> reference.Block:
         """The reference on the same values in float64; its q is over draft ids here, as the other's is."""

@@ -31,6 +31,12 @@ def test_every_option_has_a_meaning_and_a_default():
         assert not field.is_required(), f"{name} must be given"
 
 
+def test_lists_without_candidates_are_refused_with_both_names():
+    assert DSparkOptions.parse({"candidates": 256, "listed_candidates": 32}).listed_candidates == 32
+    with pytest.raises(ValueError, match="dspark options: listed_candidates = 32 needs candidates, which is unset"):
+        DSparkOptions.parse({"listed_candidates": 32})
+
+
 def test_options_are_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         DSparkOptions().policy = "fixed"
@@ -75,6 +81,11 @@ def test_all_faults_are_named_at_once():
         ("sample_from_anchor", [1]),
         ("min_tokens_per_second_per_request", 0),
         ("profile_seconds", -1),
+        ("sequential_stage", "fast"),
+        ("w2_format", "int4"),
+        ("draft_lm_head", True),
+        ("candidates", 0),
+        ("listed_candidates", -1),
     ],
 )
 def test_a_wrong_value_is_refused_with_name_and_value(name, value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vllm_dspark.heads import reference
+from vllm_dspark.heads import noise, reference
 from vllm_dspark.heads.modules import ConfidenceHead, HeadKind, MarkovHead
 
 pytest.importorskip("vllm")
 from vllm_dspark.engine import models, v2
 
 VOCABULARY, HIDDEN, RANK, REQUESTS, BLOCK = 41, 8, 4, 6, 5
+EVERY, SOME = torch.arange(VOCABULARY), torch.arange(0, VOCABULARY, 2)  # draft vocabularies
 
 
 class Native:
@@ -29,7 +31,7 @@ class Native:
             raise RuntimeError("as told")
         self.max_num_reqs, self.device, self._draft_topk = REQUESTS, device, None
         self.enable_adaptive_verification = self.use_acceptance_estimator = speculative.enable_adaptive_verification
-        self.use_confidence_head = False
+        self.use_confidence_head, self.draft_logits = False, None
         steps = self.num_speculative_steps
         self.draft_tokens = torch.zeros(REQUESTS, steps, dtype=torch.long)
         self.draft_token_confidence_probs = torch.full((REQUESTS, steps), float("nan"))
@@ -42,6 +44,10 @@ class Native:
         self.ran: list[Any] = []
         self.captured: list[Any] = []
         self.fails = False
+        if speculative.probabilistic:
+            self.draft_logits = torch.zeros(REQUESTS, steps, VOCABULARY)
+            self.temperature = torch.tensor([0.0, 0.6, 1.0, 0.0, 1.4, 1.0])
+            self.seeds = torch.arange(REQUESTS) * 1234567
 
     def load_draft_model(self, target_model: Any, target_attn_layer_names: set[str]) -> Any:
         return target_model
@@ -50,7 +56,15 @@ class Native:
         self.calls.append("vLLM's sequential stage")
 
     def _sample_logits(self, logits: Tensor, idx_map: Tensor, sample_pos: Tensor, step: int) -> Tensor:
-        return logits.argmax(-1)
+        if self.draft_logits is None:
+            return self.model.ids[logits.argmax(-1)]
+        kept = torch.full((len(logits), VOCABULARY), float("-inf")).index_copy(1, self.model.ids, logits)
+        self.draft_logits[idx_map, step] = kept
+        heat = self.temperature[idx_map, None]
+        noisy = kept / heat.where(heat > 0, 1) + noise.gumbel(
+            self.seeds[idx_map, None], sample_pos[:, None] - 1, torch.arange(VOCABULARY)
+        )
+        return torch.where(heat > 0, noisy, kept).argmax(-1)
 
     def propose(self, input_batch: Any, **more: Any) -> Tensor:
         if self.fails:
@@ -75,16 +89,23 @@ class Native:
         self._prepare_graph_forward(1, "metadata")
 
 
-class Draft(models.DraftHeads):
-    """A draft model with heads and no backbone."""
+class Backbone(nn.Module):
+    def compute_draft_logits(self, hidden_states: Tensor) -> Tensor:
+        return self.lm_head(hidden_states)
 
-    def __init__(self, kind: HeadKind, confident: bool = True) -> None:
+
+class Draft(models.DraftHeads, Backbone):
+    """A draft model with heads and no backbone to speak of; ``ids`` are the target ids that it drafts."""
+
+    def __init__(self, kind: HeadKind, confident: bool = True, ids: Tensor = EVERY) -> None:
         super().__init__()
         torch.manual_seed(2)
-        self.lm_head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
-        self.markov_head = None if kind == "none" else MarkovHead(kind, VOCABULARY, VOCABULARY, RANK, HIDDEN)
+        self.ids, drafted = ids, len(ids)
+        self.draft_id_to_target_id = None if drafted == VOCABULARY else ids - torch.arange(drafted)
+        self.lm_head = nn.Linear(HIDDEN, drafted, bias=False)
+        self.markov_head = None if kind == "none" else MarkovHead(kind, VOCABULARY, drafted, RANK, HIDDEN)
         self.confidence_head = ConfidenceHead(HIDDEN, RANK, self.markov_head is not None) if confident else None
-        self.compute_draft_logits = self.lm_head
+        self.logits_processor = SimpleNamespace(org_vocab_size=drafted, soft_cap=None, scale=1.0)
         self.requires_grad_(False)
 
 
@@ -95,14 +116,18 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return calls
 
 
-def made(k: int = BLOCK, adaptive: bool = False, architecture: str = "Qwen3DSparkModel", fails: bool = False) -> Any:
+def made(
+    k: int = BLOCK, adaptive: bool = False, architecture: str = "Qwen3DSparkModel", fails: bool = False,
+    probabilistic: bool = False, **options: Any,
+) -> Any:  # fmt: skip
     hf_config = SimpleNamespace(block_size=BLOCK, sample_from_anchor=True, architectures=[architecture])
     speculative = SimpleNamespace(
         num_speculative_tokens=k, draft_model_config=SimpleNamespace(hf_config=hf_config), fails=fails,
-        enable_adaptive_verification=adaptive,
+        enable_adaptive_verification=adaptive, probabilistic=probabilistic,
     )  # fmt: skip
     scheduler = SimpleNamespace(max_num_seqs=REQUESTS, max_num_batched_tokens=512)
-    return SimpleNamespace(speculative_config=speculative, scheduler_config=scheduler)
+    additional = {"dspark": options}
+    return SimpleNamespace(speculative_config=speculative, scheduler_config=scheduler, additional_config=additional)
 
 
 def speculator(model: nn.Module | None = None, **given: Any) -> Any:
@@ -200,9 +225,7 @@ def test_a_request_that_is_not_finite_spoils_only_itself(bad: float) -> None:
 def test_a_step_can_be_captured(candidates: int | None) -> None:
     """Nothing in it needs a value on the host: it runs on tensors that have none."""
     with FakeTensorMode():
-        draft = Draft("rnn")
-        ours = speculator(draft)
-        ours._draft_topk = candidates
+        ours = speculator(Draft("rnn"), candidates=candidates)
         ours._sample_sequential(3, torch.empty(REQUESTS * BLOCK, HIDDEN))
     assert ours.calls == []
 
@@ -253,3 +276,92 @@ def test_a_context_only_step_that_fails_leaves_drafting_as_it_was() -> None:
         ours.propose(batch())
     assert ours.query_cudagraph_manager is query
     assert not ours.context_only
+
+
+# -- which stage drafts --
+
+
+def drafted(kind: HeadKind, ids: Tensor, hidden: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    ours = speculator(Draft(kind, ids=ids), **options)
+    ours.sample_idx_mapping[:] = torch.tensor([4, 1, 0, 2, -1, -1]).repeat_interleave(BLOCK)
+    if options.get("sequential_stage") == "eager":
+        ours.sample_idx_mapping[-2 * BLOCK :] = 5  # our stand-in for vLLM's sampler knows no padding
+    ours._sample_sequential(REQUESTS, rows(hidden))
+    q = None if ours.draft_logits is None else (ours.draft_logits / ours.temperature.clamp_min(1e-5)[:, None, None]).softmax(-1)
+    return ours.draft_tokens[:4], ours.draft_token_confidence_probs[:4], q
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs under heads/test_kernels.py, interpreted")
+@pytest.mark.parametrize(
+    ("ids", "probabilistic", "candidates"),
+    [(EVERY, False, None), (SOME, True, None), (SOME, False, 9), (EVERY, True, 9)],
+    ids=["full greedy", "reduced sampled", "reduced greedy candidates", "full sampled candidates"],
+)
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn", "none"])
+def test_the_fused_stage_drafts_what_the_torch_stage_drafts(kind, ids, probabilistic, candidates) -> None:
+    """Token for token, with the same q told to verification; padded rows are left alone."""
+    hidden = torch.randn(REQUESTS, BLOCK, HIDDEN, generator=torch.Generator().manual_seed(4)) * 3
+    eager, fused = (
+        drafted(kind, ids, hidden, sequential_stage=stage, probabilistic=probabilistic, candidates=candidates)
+        for stage in ("eager", "fused")
+    )
+    assert torch.equal(fused[0], eager[0])
+    assert fused[0].unique().numel() > 3
+    torch.testing.assert_close(fused[1], eager[1], atol=1e-6, rtol=1e-5)
+    if probabilistic:
+        assert fused[2] is not None
+        assert eager[2] is not None
+        hot = [4, 1, 2]  # request slots in the batch that are not greedy
+        torch.testing.assert_close(fused[2][hot], eager[2][hot], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs under heads/test_kernels.py, interpreted")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_fused_stage_keeps_a_bad_request_to_itself(bad: float) -> None:
+    hidden = torch.randn(REQUESTS, BLOCK, HIDDEN, generator=torch.Generator().manual_seed(4))
+    options = {"sequential_stage": "fused", "probabilistic": True}
+    good = drafted("rnn", SOME, hidden, **options)
+    hidden[2, 3, 1] = bad
+    found = drafted("rnn", SOME, hidden, **options)
+    assert torch.equal(found[0][[0, 1, 3]], good[0][[0, 1, 3]])
+    assert set(found[0].flatten().tolist()) <= set(SOME.tolist())
+    assert (found[1] > 0).all(1).tolist() == [True, True, False, True]
+    assert not found[1][2].any()
+    assert found[2] is not None
+    assert bool(found[2][[4, 1, 2]].isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"use_acceptance_estimator": True}, "acceptance estimator"),
+        ({"draft_watermarker": object()}, "watermarking"),
+        ({"use_fp64_gumbel": True}, "use_fp64_gumbel"),
+    ],
+)
+def test_what_only_vllms_sampler_does_is_an_obstacle(more: dict[str, Any], reason: str) -> None:
+    ours = speculator(Draft("vanilla"))
+    assert ours._why_vllm_draws() is None
+    vars(ours).update(more)
+    found = ours._why_vllm_draws()
+    assert found is not None
+    assert reason in found
+
+
+def test_the_options_reach_the_stage(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="vllm.dspark")
+    ours = speculator(Draft("gated", ids=SOME), w2_format="int8", candidates=9, listed_candidates=4, probabilistic=True)
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("sequential stage")]
+    assert line == (
+        "sequential stage: eager torch, because there is no Triton target for cpu tensors; "
+        "gated head of rank 4, W2 int8, 9 + 4 candidates"
+    )
+    assert any("the bundled pair's gated head accepts" in record.getMessage() for record in caplog.records)
+    assert bool(ours.draft_logits.isneginf().all())
+
+
+def test_an_lm_head_stays_where_the_kernels_do_not_run(caplog: pytest.LogCaptureFixture) -> None:
+    draft = Draft("vanilla")
+    speculator(draft, draft_lm_head="fp8")
+    assert draft.quantised_head is None
+    assert "the draft LM head stays as it is, because there is no Triton target for cpu tensors" in caplog.text

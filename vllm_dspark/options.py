@@ -7,11 +7,13 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 KEY = "dspark"
 PREFIX = "dspark_"  # of the keys a request may carry
 PolicyKind = Literal["adaptive", "fixed", "off"]
+WeightFormat = Literal["native", "int8", "fp8"]
+Implementation = Literal["auto", "fused", "compiled", "eager"]
 
 
 class _Options(BaseModel):
@@ -34,6 +36,8 @@ class _Options(BaseModel):
 
     @classmethod
     def _explain(cls, item: Any) -> str:
+        if not item["loc"]:
+            return f"dspark options: {item['ctx']['error']}"
         name = ".".join(str(part) for part in item["loc"])
         valid = sorted(cls.model_fields)
         if item["type"] == "extra_forbidden":
@@ -73,6 +77,32 @@ class DSparkOptions(_Options):
         default=None,
         description="whether the anchor's own slot predicts the next token; unset: the checkpoint's config decides",
     )
+    sequential_stage: Implementation = Field(
+        default="auto",
+        description="what corrects and draws the drafts: fused = Triton kernels, compiled = torch.compile, eager = torch, "
+        "auto = the first of these that runs on the device (on a CPU eager)",
+    )
+    w2_format: WeightFormat = Field(
+        default="native",
+        description="how the correction head's output matrix is kept: as it came, or in eight bits a weight with a scale a row",
+    )
+    candidates: PositiveInt | None = Field(
+        default=None,
+        description="ids that compete for each draft: so many with the best base logits; unset: the whole vocabulary",
+    )
+    listed_candidates: int = Field(
+        default=0, ge=0, description="ids that compete besides, those that the token before raises most; needs `candidates`"
+    )
+    draft_lm_head: WeightFormat = Field(
+        default="native",
+        description="how the drafter's LM head is kept; an eight-bit copy needs V d more bytes where the target's is shared",
+    )
+
+    @model_validator(mode="after")
+    def _lists_need_candidates(self) -> Self:
+        if self.listed_candidates and self.candidates is None:
+            raise ValueError(f"listed_candidates = {self.listed_candidates} needs candidates, which is unset")
+        return self
 
 
 class RequestOptions(_Options):

@@ -42,8 +42,8 @@ def watch_v1(notebook: Notebook) -> None:
 
     draft_block = sequential.draft_block
 
-    def watched(markov: Any, confidence: Any, hidden: Any, logits: Any, anchors: Any, *rest: Any, **more: Any) -> Any:
-        drafts = draft_block(markov, confidence, hidden, logits, anchors, *rest, **more)
+    def watched(stage: Any, hidden: Any, logits: Any, anchors: Any, *rest: Any, **more: Any) -> Any:
+        drafts = draft_block(stage, hidden, logits, anchors, *rest, **more)
         notebook.write(anchors, drafts.tokens, drafts.confidences)
         return drafts
 

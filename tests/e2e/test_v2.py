@@ -119,6 +119,14 @@ SAMPLED = arm(
 )
 
 
+def with_stage(given: Arm, stage: str, **more: Any) -> Arm:
+    """The same engine with another sequential stage."""
+    speculative = given["options"]["speculative_config"]
+    dspark = {**speculative["dspark"], "sequential_stage": stage, **more}
+    options = {**given["options"], "speculative_config": {**speculative, "dspark": dspark}}
+    return {**given, "options": options}
+
+
 @pytest.fixture(scope="module")
 def v2(folder: Path, targets: dict[str, Path], random_arms: dict[str, Arm]) -> Results:
     plain = {
@@ -126,7 +134,10 @@ def v2(folder: Path, targets: dict[str, Path], random_arms: dict[str, Arm]) -> R
         "plain qwen3": arm(tiny(targets["qwen3"], None), ids()),
         "plain gemma4": arm(tiny(targets["gemma4"], None), ids()),
     }
-    return run(folder, True, {**plain, **PAIR_ARMS, "sampled": SAMPLED, **random_arms})
+    arms = {**PAIR_ARMS, "sampled": SAMPLED, **random_arms}
+    fused = {f"fused {name}": with_stage(arms[name], "fused") for name in FUSED}
+    few = {f"{stage} candidates": with_stage(SAMPLED, stage, candidates=40) for stage in ("eager", "fused")}
+    return run(folder, True, {**plain, **arms, **fused, **few})
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +153,7 @@ def native(folder: Path) -> Results:
 
 PLAIN = {"rank 0": "plain qwen3", "fill-in": "plain qwen3", "gemma4": "plain gemma4"}
 EVERY = [*PAIR_ARMS, *PLAIN]
+FUSED = ["rnn", "sampled", "fill-in"]
 
 
 def blocks(result: dict[str, Any]) -> Counter[tuple[int, ...]]:
@@ -196,6 +208,23 @@ def test_sampled_drafts_use_vllms_noise(v2: Results, native: Results) -> None:
         assert blocks(ours) == blocks(theirs)
         assert ours["token_ids"] == theirs["token_ids"]
         assert ours["token_ids"] != v2["plain"][0]["token_ids"]
+
+
+@pytest.mark.parametrize("name", [*FUSED, "candidates"])
+def test_the_fused_stage_drafts_what_the_torch_stage_drafts(v2: Results, name: str) -> None:
+    """Interpreted kernels beside torch and vLLM's sampler, greedy and sampled: the same blocks, the same output."""
+    torch_stage = "eager candidates" if name == "candidates" else name
+    for eager, fused in zip(v2[torch_stage], v2[f"fused {name}"], strict=True):
+        assert blocks(fused) == blocks(eager)
+        assert fused["token_ids"] == eager["token_ids"]
+        assert fused["accepted_at"] == eager["accepted_at"]
+
+
+@pytest.mark.parametrize("name", ["fused sampled", "fused fill-in"])
+def test_verification_sees_what_the_fused_stage_sampled_from(v2: Results, name: str) -> None:
+    errors = [check["q_error"] for batch in v2[name] for check in batch["checks"] if "q_error" in check]
+    assert len(errors) > 10
+    assert max(errors) < 1e-5
 
 
 def test_the_engine_in_a_process_of_its_own(v2: Results) -> None:

@@ -5,7 +5,7 @@ import torch
 from reference_loop import Acceptance, ReferenceLoop
 
 from vllm_dspark import demo
-from vllm_dspark.heads.formats import WEIGHT_FORMATS, report, store
+from vllm_dspark.heads.formats import ACCEPTED, WEIGHT_FORMATS, report, store
 
 W2 = "markov_head.markov_w2.weight"
 PROMPTS, TOKENS = 3, 64  # of each domain, and from each prompt
@@ -40,6 +40,7 @@ def test_formats_keep_acceptance(head, texts):
         length = 1 + sum(total.rates())
         print(f"{head}: {report('W2', weight, stored)}; accepted length {length:.3f} in {total.rounds} rounds")
         assert total.rounds > 100
+        assert abs(length - ACCEPTED[head][form]) < 0.02, "the lengths that are logged at load are out of date"
     assert abs(rates["int8"] - rates["native"]) < 0.01
     assert abs(rates["fp8"] - rates["native"]) < 0.02
     assert torch.isfinite(torch.tensor(list(rates.values()))).all()

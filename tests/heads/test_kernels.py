@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = sorted(path.name for path in (ROOT / "tests/heads/kernels").glob("test_*.py"))
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -35,9 +34,13 @@ def interpreted(*arguments: str) -> None:
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("file", KERNELS)
-def test_interpreted(file):
-    interpreted(f"tests/heads/kernels/{file}")
+def test_interpreted():
+    interpreted("tests/heads/kernels")
+
+
+def test_interpreted_in_the_v2_speculator():
+    pytest.importorskip("vllm")
+    interpreted("-k", "fused_stage", "tests/test_v2_speculator.py")
 
 
 @pytest.mark.slow
@@ -68,6 +71,6 @@ def test_the_benchmark_runs_dry():
     done = python("benchmarks/kernels.py", "--dry", "--batch", "1", "64", interpret=True)
     assert done.returncode == 0, done.stdout[-4000:]
     ran = [line for line in done.stdout.splitlines() if line.startswith("dry ") and "agree" in line]
-    assert len(ran) >= 26
+    assert len(ran) >= 14
     assert all(line.endswith("100.0%") for line in ran), "\n".join(ran)
     assert "fused int8" in done.stdout

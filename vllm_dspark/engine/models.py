@@ -4,6 +4,7 @@ The backbone's parameters keep vLLM's loader. The heads' tensors are taken out b
 renames anything called ``gate_proj``.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,10 +17,17 @@ from vllm.model_executor.models.qwen3_dspark import Qwen3DSparkForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_dspark.engine.pair import ARCHITECTURES
+from vllm_dspark.heads.candidates import Candidates, bias_lists
+from vllm_dspark.heads.choose import build_stage
+from vllm_dspark.heads.lm_head import QuantisedHead, why_not
 from vllm_dspark.heads.modules import ConfidenceHead, HeadKind, MarkovHead
-from vllm_dspark.heads.drawn import Stage
+from vllm_dspark.heads.stage import Draws, EagerStage, Round, Stage
+from vllm_dspark.heads.weights import prepare
+from vllm_dspark.options import DSparkOptions
 
 HEADS = ("markov_head.", "confidence_head.")
+
+logger = logging.getLogger("vllm.dspark")
 
 
 class DraftHeads(nn.Module):
@@ -28,8 +36,10 @@ class DraftHeads(nn.Module):
     config: Any
     model: Any
     draft_id_to_target_id: Any
-    compute_draft_logits: Any
+    lm_head: Any
+    logits_processor: Any
     stage: Stage
+    quantised_head: QuantisedHead | None = None
 
     def build_heads(self) -> None:
         """Make the heads the config names. Confidence is float32, as in vLLM."""
@@ -40,7 +50,8 @@ class DraftHeads(nn.Module):
         self.markov_head: MarkovHead | None = None
         self.confidence_head: ConfidenceHead | None = None
         if rank and kind != "none":
-            self.markov_head = MarkovHead(kind, config.vocab_size, draft_vocab, rank, config.hidden_size)
+            cap, scale = self.logits_processor.soft_cap, self.logits_processor.scale
+            self.markov_head = MarkovHead(kind, config.vocab_size, draft_vocab, rank, config.hidden_size, cap, scale)
         if getattr(config, "enable_confidence_head", False):
             with_markov = getattr(config, "confidence_head_with_markov", False) and self.markov_head is not None
             self.confidence_head = ConfidenceHead(config.hidden_size, rank, with_markov).float()
@@ -62,21 +73,47 @@ class DraftHeads(nn.Module):
             for name, parameter in head.named_parameters():
                 default_weight_loader(parameter, heads[prefix + name])
 
-    def allocate(self, requests: int, slots: int) -> None:
-        """Make what the sequential stage keeps on the V2 runner, before a graph is captured.
+    def allocate(
+        self, requests: int, slots: int, options: DSparkOptions, obstacle: str | None = None, top: int | None = None
+    ) -> None:
+        """Make what drafting needs on the device, before a graph is captured; one line in the log says what drafts.
 
         Args:
             requests: the most in a batch. slots: drafted tokens per block.
+            obstacle: why drafts must be drawn by a sampler of vLLM's, or None. top: candidates, unless options name some.
         """
-        self.stage = Stage(self.markov_head, self.confidence_head, requests, slots)
         device = next(self.parameters()).device
+        weights = prepare(self.markov_head, self.confidence_head, self.target_ids, options.w2_format)
+        candidates, top = None, options.candidates or top
+        if top is not None:
+            listed = options.listed_candidates if weights.w2 is not None else 0
+            candidates = Candidates(top, bias_lists(weights, listed) if listed else None)
+        self.stage = build_stage(weights, requests, slots, device, candidates, options.sequential_stage, obstacle)
         self.not_finite = torch.zeros((), dtype=torch.long, device=device)
+        if options.draft_lm_head != "native":
+            self._quantise_lm_head(options)
+
+    def _quantise_lm_head(self, options: DSparkOptions) -> None:
+        processor, weight = self.logits_processor, self.lm_head.weight
+        reason = why_not(weight, processor.org_vocab_size)
+        if reason is not None:
+            logger.warning("the draft LM head stays as it is, because %s", reason)
+            return
+        rows = weight[: processor.org_vocab_size]
+        self.quantised_head = QuantisedHead(rows, weight.dtype, options.draft_lm_head, processor.soft_cap, processor.scale)
+
+    def compute_draft_logits(self, hidden_states: Tensor) -> Tensor:
+        """Base logits over draft ids, ``[T, V_draft]``, of hidden states ``[T, d]``."""
+        if self.quantised_head is not None:
+            return self.quantised_head(hidden_states)
+        logits: Tensor = super().compute_draft_logits(hidden_states)  # type: ignore[misc]
+        return logits
 
     def sample_sequential(self, speculator: Any, num_reqs: int, head_hidden: Tensor) -> bool:
         """The sequential stage of one step on the V2 runner; vLLM 0.33 asks its draft models for it by this name.
 
-        A request whose hidden states are not finite is drafted from zeros: q stays a distribution, so verification stays
-        exact. Its confidences become 0, and ``not_finite`` counts it.
+        A request whose logits are not finite is drafted from what is left of them: q stays a distribution, so verification
+        stays exact. Its confidences become 0, and ``not_finite`` counts it.
 
         Args:
             speculator: vLLM's, whose buffers say which rows of ``head_hidden`` predict, and take tokens and confidences.
@@ -89,23 +126,34 @@ class DraftHeads(nn.Module):
         count = num_reqs * slots
         requests = speculator.sample_idx_mapping[:count].view(num_reqs, slots)
         positions = speculator.sample_pos[:count].view(num_reqs, slots)
-        hidden = head_hidden[speculator.sample_indices[:count]].view(num_reqs, slots, -1)
-        finite = torch.isfinite(hidden).flatten(1).all(1)
-        self.not_finite += (~finite & (requests[:, 0] >= 0)).sum()
-        hidden = hidden.masked_fill(~finite[:, None, None], 0.0)
-        confidences = speculator.block_confidences[:num_reqs]
-        self.stage.run(
-            hidden,
-            self.compute_draft_logits(hidden.flatten(0, 1)).view(num_reqs, slots, -1),
-            speculator.input_buffers.input_ids[speculator._anchor_idx[:num_reqs]],
-            lambda logits, k: speculator._sample_logits(logits, requests[:, k], positions[:, k], k),
-            speculator.draft_tokens[:num_reqs],
-            confidences if self.confidence_head is not None else None,
-            speculator._draft_topk,
+        hidden = head_hidden[speculator.sample_indices[:count]]
+        draws = sampler = None
+        if isinstance(self.stage, EagerStage):
+
+            def sampler(logits: Tensor, k: int) -> Tensor:
+                drawn: Tensor = speculator._sample_logits(logits, requests[:, k], positions[:, k], k)
+                return drawn
+        elif speculator.draft_logits is not None:
+            draws = Draws(speculator.temperature, speculator.seeds, positions, processed=speculator.draft_logits)
+        self.stage.draft(
+            Round(
+                hidden.view(num_reqs, slots, -1),
+                self.compute_draft_logits(hidden).view(num_reqs, slots, -1),
+                speculator.input_buffers.input_ids[speculator._anchor_idx[:num_reqs]],
+                speculator.draft_tokens[:num_reqs],
+                None if self.confidence_head is None else speculator.block_confidences[:num_reqs],
+                requests[:, 0],
+                draws,
+                sampler,
+            )
         )
-        if self.confidence_head is not None:
-            confidences.mul_(finite.unsqueeze(1))
+        self.not_finite += self.stage.broken[:num_reqs].sum()
         return True
+
+    @property
+    def writes_every_logit(self) -> bool:
+        """Whether processed logits are written over the whole target vocabulary; else the rest has to be -inf beforehand."""
+        return self.draft_id_to_target_id is None and self.stage.candidates is None
 
     @property
     def target_ids(self) -> Tensor | None:

@@ -81,7 +81,7 @@ class DSparkProposer(DFlashProposer):
         # The runner would give up drafting for the whole batch near the end of one request; this is done here per
         # request instead.
         self.runner.effective_drafter_max_model_len = self.max_model_len + self.queries + 1
-        self.target_ids = self.model.target_ids
+        self.model.allocate(self.max_batch_size, self.width, self.options)
 
     def start_policy(self) -> None:
         """Measure step times, if the policy needs them; the runner is ready and nobody is served yet."""
@@ -187,9 +187,8 @@ class DSparkProposer(DFlashProposer):
             generators = {order[row]: g for row, g in sampling.generators.items() if row in order}
             noise = sequential.exponential_noise(logits.float(), generators)
         return sequential.draft_block(
-            self.model.markov_head, self.model.confidence_head, hidden, logits, anchors, temperature, noise,
-            self.target_ids,
-        )  # fmt: skip
+            self.model.stage, hidden, logits, anchors, temperature, noise, self.model.target_vocab_size
+        )
 
     def _block_forward(self, rows: Tensor, starts: np.ndarray, anchors: Tensor, metadata: CommonAttentionMetadata) -> Tensor:
         """Hidden states of the block queries, ``[n, queries, d]``: the anchor, then mask tokens."""
@@ -238,10 +237,6 @@ class DSparkProposer(DFlashProposer):
         if q is None:
             return
         q = q[:, :k]
-        if self.target_ids is not None:
-            full = q.new_zeros(*q.shape[:2], self.model.target_vocab_size)
-            full[:, :, self.target_ids] = q
-            q = full
         if rows.size < requests:
             spread = q.new_zeros(requests, *q.shape[1:])
             spread[torch.from_numpy(rows)] = q

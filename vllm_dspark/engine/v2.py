@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vllm_dspark.engine import landing, models, pair
 from vllm_dspark.engine.v2_rounds import Rounds
+from vllm_dspark.options import KEY, DSparkOptions
 
 logger = logging.getLogger("vllm.dspark")
 
@@ -36,6 +37,9 @@ class SpeculatorParts:
     device: torch.device
     model: nn.Module
     max_num_reqs: int
+    draft_logits: Tensor | None
+    use_acceptance_estimator: bool
+    _draft_topk: int | None
     num_speculative_steps: int
     enable_adaptive_verification: bool
     rounds: Rounds | None = None
@@ -58,6 +62,8 @@ class SpeculatorParts:
         self.draft_token_confidence_probs = self.block_confidences[:, : self.asked]
         self.clock = landing.clock(device)
         self._nothing = torch.full((self.max_num_reqs, self.asked), -1, dtype=torch.int64, device=device)
+        additional = getattr(vllm_config, "additional_config", None)
+        self.options = DSparkOptions.parse(additional.get(KEY) if isinstance(additional, dict) else None)
 
     def start_policy(self, runner: Any) -> None:
         """The runner is ready and nobody is served yet."""
@@ -133,18 +139,28 @@ class SpeculatorParts:
         if not isinstance(model, models.DraftHeads):
             logger.info("DSpark on the V2 runner: %s drafts as vLLM has it", type(model).__name__)
             return model
-        model.allocate(self.max_num_reqs, self.num_speculative_steps)
         self.use_confidence_head = model.confidence_head is not None
         # vLLM looks for the head on the backbone and finds none there; its estimator is for drafters without one.
         self.use_acceptance_estimator = self.enable_adaptive_verification and not self.use_confidence_head
+        model.allocate(self.max_num_reqs, self.num_speculative_steps, self.options, self._why_vllm_draws(), self._draft_topk)
+        if self.draft_logits is not None and not model.writes_every_logit:
+            self.draft_logits.fill_(float("-inf"))
         logger.info(
-            "DSpark on the V2 runner: %s head, %d of %d drafts verified, confidence %s, sequential stage in torch",
+            "DSpark on the V2 runner: %s head, %d of %d drafts verified, confidence %s",
             "no" if model.markov_head is None else model.markov_head.kind,
             self.asked,
             self.num_speculative_steps,
             "from the drafter" if self.use_confidence_head else "none",
         )
         return model
+
+    def _why_vllm_draws(self) -> str | None:
+        """What only vLLM's own sampler does, or None."""
+        if self.use_acceptance_estimator:
+            return "vLLM's acceptance estimator reads the logits of every step"
+        if getattr(self, "draft_watermarker", None) is not None:
+            return "vLLM's watermarking draws the drafts"
+        return "use_fp64_gumbel is set" if getattr(self, "use_fp64_gumbel", False) else None
 
     def _sample_sequential(self, num_reqs: int, head_hidden: Tensor) -> None:
         """Ask the draft model first, as vLLM 0.33 does by itself."""

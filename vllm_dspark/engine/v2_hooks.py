@@ -66,8 +66,9 @@ HOOKS: tuple[Hook, ...] = (
                   "draft_token_confidence_probs", "compute_draft_logits"),
     ),
     _v2(
-        "DSparkSpeculator._sample_logits", "draws with vLLM's salted noise, in target ids", "logits", "idx_map", "sample_pos",
-        "step", mentions=("map_draft_to_target", "draft_logits"),
+        "DSparkSpeculator._sample_logits", "draws with vLLM's salted noise, in target ids; the fused stage reads what it reads",
+        "logits", "idx_map", "sample_pos", "step",
+        mentions=("map_draft_to_target", "draft_logits", "temperature", "seeds", "draft_watermarker", "use_fp64_gumbel"),
     ),
     _v2(
         "DraftModelSpeculator.__init__", "the sizes and buffers that all speculators share", "vllm_config", "device",

@@ -3,27 +3,31 @@
 import importlib.util
 import logging
 import os
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
 from vllm_dspark.heads.candidates import Candidates
 from vllm_dspark.heads.stage import EagerStage, Stage
 from vllm_dspark.heads.weights import HeadWeights
+from vllm_dspark.options import Implementation
 
-Implementation = Literal["auto", "fused", "compiled", "eager"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
 logger = logging.getLogger("vllm.dspark")
 
 
-def why_not_fused(weights: HeadWeights, device: torch.device) -> str | None:
-    """The first reason why the Triton kernels cannot do this here, or None."""
+def why_no_kernels(device: torch.device, rank: int = 0, interpreted: bool = False) -> str | None:
+    """The first reason why the Triton kernels cannot run here (in NumPy, if ``interpreted``), or None.
+
+    Args:
+        rank: r of the correction head, 0 for none.
+    """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     from vllm_dspark.heads.kernels.launch import unsupported
 
-    return unsupported(device, weights.rank, interpreting=os.environ.get("TRITON_INTERPRET") == "1")
+    return unsupported(device, rank, interpreted)
 
 
 def build_stage(
@@ -33,17 +37,23 @@ def build_stage(
     device: torch.device,
     candidates: Candidates | None = None,
     implementation: Implementation = "auto",
+    obstacle: str | None = None,
 ) -> Stage:
     """The stage for rounds of up to ``max_batch`` rows (and request slots) of ``slots`` slots, buffers allocated.
 
-    "auto" takes the fused kernels where they run, else torch.compile on a GPU and eager torch on a CPU.
+    "auto" takes the fused kernels where they run, else torch.compile on a GPU and eager torch on a CPU. Interpreted kernels
+    (``TRITON_INTERPRET=1``) are for tests: only "fused" takes them. One line in the log says which it is and why.
+
+    Args:
+        obstacle: why the caller cannot do with the fused kernels, or None if it can.
 
     Raises:
         ValueError: an unknown implementation, or "fused" where it cannot run (with the reason).
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
-    reason = why_not_fused(weights, device)
+    interpreted = implementation == "fused" and os.environ.get("TRITON_INTERPRET") == "1"
+    reason = obstacle or why_no_kernels(device, weights.rank, interpreted)
     if implementation == "fused" and reason is not None:
         raise ValueError(f"the fused sequential stage cannot run: {reason}")
     head = f"{weights.kind} head" + (f" of rank {weights.rank}, W2 {_format(weights)}" if weights.w2 is not None else "")
@@ -53,11 +63,12 @@ def build_stage(
         from vllm_dspark.heads.kernels.stage import FusedStage
 
         stage = FusedStage(weights, max_batch, slots, device, candidates)
-        logger.info("sequential stage: fused Triton kernels on %s; %s", stage.device.arch, head)
+        asked = "they run here" if implementation == "auto" else "sequential_stage='fused'"
+        logger.info("sequential stage: fused Triton kernels on %s, because %s; %s", stage.device.arch, asked, head)
         return stage
     compiled = implementation == "compiled" or (implementation == "auto" and device.type == "cuda")
     if implementation != "auto":
-        reason = f"implementation={implementation!r} was asked for"
+        reason = f"sequential_stage={implementation!r}"
     log = logger.warning if implementation == "auto" and device.type == "cuda" else logger.info
     log("sequential stage: %s, because %s; %s", "torch.compile" if compiled else "eager torch", reason, head)
     return EagerStage(weights, max_batch, device, candidates, compiled)

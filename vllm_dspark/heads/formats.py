@@ -8,15 +8,22 @@ from, made with these weights: the format can change how many drafts are accepte
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-WeightFormat = Literal["native", "int8", "fp8"]
+from vllm_dspark.options import WeightFormat
+
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 _LARGEST = {"int8": 127.0, "fp8": torch.finfo(torch.float8_e4m3fn).max}
 FP8_SHIFT = 256.0
+ACCEPTED = {
+    "vanilla": {"native": 3.204, "int8": 3.204, "fp8": 3.204},
+    "gated": {"native": 3.095, "int8": 3.095, "fp8": 3.095},
+    "rnn": {"native": 2.781, "int8": 2.781, "fp8": 2.771},
+}
+"""Accepted length of the bundled pair by head and format of W2, greedy; ``test_format_acceptance.py`` measures it."""
 ROWS = 1 << 14  # quantised at a time, so that a large matrix needs little more memory than its result
 
 
@@ -85,4 +92,12 @@ def report(name: str, weight: Tensor, stored: Stored) -> str:
     return (
         f"{name} as {stored.format}: {weight.nbytes / 1e6:.1f} MB -> {stored.nbytes / 1e6:.1f} MB, "
         f"relative error {whole:.2%}, worst row {worst:.2%}"
+    )
+
+
+def acceptance(kind: str, format: WeightFormat) -> str:
+    """One clause: what W2 in ``format`` did to the accepted length of the bundled pair's head of that kind."""
+    lengths = ACCEPTED[kind]
+    return (
+        f"the bundled pair's {kind} head accepts {lengths[format]:.3f} tokens a round with it, {lengths['native']:.3f} without"
     )

@@ -9,16 +9,27 @@ import logging
 import torch
 from torch import Tensor
 
-from vllm_dspark.heads.formats import WeightFormat, report, store
+from vllm_dspark.heads.choose import why_no_kernels
+from vllm_dspark.heads.formats import report, store
+from vllm_dspark.options import WeightFormat
 
 logger = logging.getLogger("vllm.dspark")
 
 
+def why_not(weight: Tensor, vocab: int) -> str | None:
+    """Why the LM head ``[rows, d]`` of a vocabulary of ``vocab`` ids cannot be quantised here, or None."""
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its weights are {weight.dtype} already"
+    if weight.shape[0] < vocab:
+        return "its rows are spread over several devices"
+    return why_no_kernels(weight.device)
+
+
 class QuantisedHead:
-    """Base logits of a draft pass into a buffer of its own.
+    """Base logits of a draft pass.
 
     Args:
-        weight: the LM head, ``[V_draft, d]``; not kept. max_rows: rows of the largest pass, requests times slots.
+        weight: the LM head, ``[V_draft, d]``; not kept.
         dtype: of the logits. soft_cap, scale: as vLLM's LogitsProcessor applies them.
 
     Raises:
@@ -28,7 +39,6 @@ class QuantisedHead:
     def __init__(
         self,
         weight: Tensor,
-        max_rows: int,
         dtype: torch.dtype,
         format: WeightFormat = "fp8",
         soft_cap: float | None = None,
@@ -36,13 +46,13 @@ class QuantisedHead:
     ) -> None:
         self.stored = store(weight, format)
         self.soft_cap, self.scale = soft_cap or 0.0, scale
-        self.logits = torch.zeros(max_rows, weight.shape[0], dtype=dtype, device=weight.device)
+        self.dtype = dtype
         logger.info(report("draft LM head", weight, self.stored))
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits ``[M, V_draft]`` of ``hidden`` ``[M, d]``; they are overwritten by the next call."""
+        """Logits ``[M, V_draft]`` of ``hidden`` ``[M, d]``."""
         from vllm_dspark.heads.kernels.linear import linear
 
-        out = self.logits[: hidden.shape[0]]
+        out = hidden.new_empty(hidden.shape[0], len(self.stored.values), dtype=self.dtype)
         linear(hidden, self.stored, out, None, self.soft_cap, self.scale)
         return out

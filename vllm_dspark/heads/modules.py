@@ -23,14 +23,26 @@ class MarkovHead(nn.Module):
         vocab_size: V, rows of ``markov_w1``: previous tokens are target ids.
         draft_vocab_size: V_draft, rows of ``markov_w2``: the bias is over draft ids.
         rank: r. hidden_size: d, the size of the block's hidden states.
+        soft_cap, scale: the bias is capped at ±soft_cap by tanh (None: not), then multiplied by scale, as vLLM's
+            LogitsProcessor treats it; base logits come already so treated.
     """
 
-    def __init__(self, kind: HeadKind, vocab_size: int, draft_vocab_size: int, rank: int, hidden_size: int) -> None:
+    def __init__(
+        self,
+        kind: HeadKind,
+        vocab_size: int,
+        draft_vocab_size: int,
+        rank: int,
+        hidden_size: int,
+        soft_cap: float | None = None,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
         if kind not in ("vanilla", "gated", "rnn"):
             raise ValueError(f"head type {kind!r} has no module; expected one of vanilla, gated, rnn")
         self.kind = kind
         self.rank = rank
+        self.soft_cap, self.scale = soft_cap or 0.0, scale
         self.markov_w1 = nn.Embedding(vocab_size, rank)
         self.markov_w2 = nn.Linear(rank, draft_vocab_size, bias=False)
         if kind == "gated":
@@ -73,7 +85,10 @@ class MarkovHead(nn.Module):
 
     def bias(self, code: Tensor) -> Tensor:
         """B_k = W2 code: ``[B, r]`` to ``[B, V_draft]``."""
-        return F.linear(code, self.markov_w2.weight)
+        bias = F.linear(code, self.markov_w2.weight)
+        if self.soft_cap:
+            bias = torch.tanh(bias / self.soft_cap) * self.soft_cap
+        return bias if self.scale == 1.0 else bias * self.scale
 
 
 class ConfidenceHead(nn.Module):

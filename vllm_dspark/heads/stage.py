@@ -5,6 +5,7 @@ Two implementations do the same to the same :class:`Round`: :class:`EagerStage` 
 either can be captured in a CUDA graph (torch's temporaries then come from the graph's pool).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,10 @@ from vllm_dspark.heads.candidates import Candidates, outside
 from vllm_dspark.heads.weights import HeadWeights
 
 GREEDY_BELOW = 1e-5
+FLOOR = -30000.0  # in place of logits that are not numbers: q stays a distribution, in every float type
+
+Sampler = Callable[[Tensor, int], Tensor]
+"""An engine's own: corrected logits of one slot over draft ids, ``[B, V_draft]``, and the slot, to target ids ``[B]``."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +31,15 @@ class Draws:
     Attributes:
         temperature: float32, by slot; below 1e-5 is greedy. seeds: int64, by slot.
         positions: of the tokens to be drafted (not the ones before them), ``[B, K]`` int64.
-        noise: exponential(1) ``[B, K, V_draft]`` float32, contiguous, in place of the salted noise; for tests.
+        noise: exponential(1) ``[B, K, V_draft]`` float32, contiguous, in place of the salted noise of seeds and positions.
         processed: corrected logits before temperature over target ids, ``[slots, K, V]``, any float type; written for
             sampled rows and sampled from as rounded there. With a reduced draft vocabulary the other columns must hold
             -inf; they are never written.
     """
 
     temperature: Tensor
-    seeds: Tensor
-    positions: Tensor
+    seeds: Tensor | None = None
+    positions: Tensor | None = None
     noise: Tensor | None = None
     processed: Tensor | None = None
 
@@ -51,6 +56,7 @@ class Round:
         confidences: out, ``[B, K]`` float32, or None if not wanted.
         index: request slot of each row, ``[B]``, -1 for padding, which is left untouched; None: row b is slot b.
         draws: None when every request is greedy.
+        sampler: instead of ``draws``, given corrected logits in the type of ``logits``; only :class:`EagerStage` can call one.
     """
 
     hidden: Tensor | None
@@ -60,13 +66,22 @@ class Round:
     confidences: Tensor | None = None
     index: Tensor | None = None
     draws: Draws | None = None
+    sampler: Sampler | None = None
 
 
 class Stage(Protocol):
-    """An implementation. ``broken`` ``[max_batch]`` int32 is 1 where the last round met a logit that is NaN or +inf."""
+    """An implementation.
+
+    Attributes:
+        broken: ``[max_batch]`` int32, 1 where the last round met a corrected logit that is NaN or +inf. Such logits are taken
+            for very low ones, so that the tokens are still draws from the q that verification is told, and all confidences
+            of the row are 0.
+    """
 
     name: str
+    weights: HeadWeights
     broken: Tensor
+    candidates: Candidates | None
 
     def draft(self, round: Round) -> None: ...
 
@@ -114,14 +129,16 @@ class EagerStage:
                 logit = base_confidence[:, k] if table is None else base_confidence[:, k] + table[previous]
                 round.confidences[:, k] = torch.where(real, torch.sigmoid(logit), round.confidences[:, k])
             z, state = self._correct(previous, round.logits[:, k], None if projected is None else projected[:, k], state)
+            bad = z.isnan() | (z == torch.inf)
+            self.broken[:batch] |= (real & bad.any(-1)).int()
+            z = z.masked_fill(bad, FLOOR)
             excluded = None if self.candidates is None else outside(self.candidates, round.logits[:, k], previous)
             if excluded is not None:
                 z = z.masked_fill(excluded, -torch.inf)
-            self.broken[:batch] |= (real & (z.isnan() | (z == torch.inf)).any(-1)).int()
-            choice = z.argmax(-1) if round.draws is None else self._draw(z, k, round, round.draws, real)
-            previous = choice if weights.target_ids is None else weights.target_ids[choice]
-            previous = torch.where(real, previous, 0)
+            previous = torch.where(real, self._next(z, k, round, real), 0)
             round.tokens[:, k] = torch.where(real, previous, round.tokens[:, k])
+        if round.confidences is not None:
+            round.confidences.masked_fill_(self.broken[:batch, None] > 0, 0.0)
 
     def _corrected(
         self, previous: Tensor, base: Tensor, projected: Tensor | None, state: Tensor | None
@@ -149,27 +166,44 @@ class EagerStage:
             bias = torch.tanh(bias / weights.soft_cap) * weights.soft_cap
         return base.float() + bias * weights.scale, state
 
+    def _next(self, z: Tensor, k: int, round: Round, real: Tensor) -> Tensor:
+        """Target ids ``[B]`` of slot ``k``."""
+        if round.sampler is not None:
+            return round.sampler(z.to(round.logits.dtype), k)
+        choice = z.argmax(-1) if round.draws is None else self._draw(z, k, round, round.draws, real)
+        return choice if self.weights.target_ids is None else self.weights.target_ids[choice]
+
     def _draw(self, z: Tensor, k: int, round: Round, draws: Draws, real: Tensor) -> Tensor:
         """Draft ids ``[B]``; writes the processed logits of slot ``k``."""
         rows = torch.arange(z.shape[0], device=z.device)
         request = rows if round.index is None else torch.where(real, round.index[: z.shape[0]].long(), 0)
         temperature = torch.where(real, draws.temperature[request], 0.0)
         hot = temperature >= GREEDY_BELOW
-        ids = torch.arange(z.shape[1], device=z.device) if self.weights.target_ids is None else self.weights.target_ids
         if draws.processed is not None:
             z = torch.where(hot[:, None], z.to(draws.processed.dtype).float(), z)
-            # By slot, not by row: padded rows then write nothing, and no two rows write to one place.
-            row_of = torch.full((draws.processed.shape[0] + 1,), -1, dtype=torch.long, device=z.device)
-            row_of.scatter_(0, torch.where(hot, request, draws.processed.shape[0]), rows)
-            row_of = row_of[:-1]
-            kept = draws.processed[:, k, ids]
-            draws.processed[:, k, ids] = torch.where((row_of >= 0)[:, None], z[row_of.clamp_min(0)].to(kept.dtype), kept)
+            self._keep(z, hot, request, draws.processed[:, k])
         if draws.noise is None:
+            assert draws.seeds is not None
+            assert draws.positions is not None
+            ids = torch.arange(z.shape[1], device=z.device) if self.weights.target_ids is None else self.weights.target_ids
             g = noises.gumbel(draws.seeds[request][:, None], draws.positions[:, k, None] - 1, ids[None])
         else:
             g = -torch.log(draws.noise[:, k])
         noisy = z / torch.where(hot, temperature, 1.0)[:, None] + g
         return torch.where(hot[:, None], noisy, z).argmax(-1)
+
+    def _keep(self, z: Tensor, hot: Tensor, request: Tensor, processed: Tensor) -> None:
+        """Write z of hot rows to their slots; slot by slot, so that padded rows write nothing and no two to one place."""
+        slots, ids = processed.shape[0], self.weights.target_ids
+        row_of = torch.full((slots + 1,), -1, dtype=torch.long, device=z.device)
+        row_of.scatter_(0, torch.where(hot, request, slots), torch.arange(len(z), device=z.device))
+        row_of = row_of[:-1]
+        old = processed[:, : z.shape[1]] if ids is None else processed[:, ids]
+        new = torch.where((row_of >= 0)[:, None], z[row_of.clamp_min(0)].to(old.dtype), old)
+        if ids is None:
+            old.copy_(new)
+        else:
+            processed[:, ids] = new
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:

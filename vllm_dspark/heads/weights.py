@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_dspark.heads.formats import Stored, WeightFormat, report, store
+from vllm_dspark.heads.formats import Stored, acceptance, report, store
 from vllm_dspark.heads.modules import ConfidenceHead, HeadKind, MarkovHead
+from vllm_dspark.options import WeightFormat
 
 logger = logging.getLogger("vllm.dspark")
 
@@ -24,12 +25,10 @@ class HeadWeights:
         confidence: w_h ``[d]`` and b ``[1]``, float32, or None without a confidence head.
         confidence_table: W1 w_e, ``[V]`` float32, or None where the confidence reads hidden states alone.
         target_ids: the target id of each draft id, ``[V_draft]`` int64, or None where they are the same.
-        soft_cap, scale: the bias is capped at ±soft_cap by tanh (0: not), then multiplied by scale, as vLLM's
-            LogitsProcessor treats it; the base logits arrive already so treated.
+        soft_cap (0: none), scale: of the bias, see :class:`MarkovHead`.
     """
 
     kind: HeadKind
-    draft_vocab: int
     rank: int
     dtype: torch.dtype
     w1: Tensor | None
@@ -48,18 +47,15 @@ class HeadWeights:
 def prepare(
     markov: MarkovHead | None,
     confidence: ConfidenceHead | None,
-    draft_vocab: int,
     target_ids: Tensor | None = None,
     w2_format: WeightFormat = "native",
-    soft_cap: float | None = None,
-    scale: float = 1.0,
 ) -> HeadWeights:
     """Split, fold and quantise the modules' parameters; one line in the log says what a quantised W2 is off by.
 
     Nothing of W1 and W2 is copied in the native format.
 
     Raises:
-        ValueError: W2's rows are not draft_vocab, or the format is unknown.
+        ValueError: the format is unknown, or W2 cannot be quantised.
     """
     kind: HeadKind = "none" if markov is None else markov.kind
     w1 = w2 = inner = outer = outer_bias = table = None
@@ -67,11 +63,9 @@ def prepare(
     if markov is not None:
         rank, w1 = markov.rank, markov.markov_w1.weight.detach()
         dtype = w1.dtype
-        if markov.markov_w2.weight.shape[0] != draft_vocab:
-            raise ValueError(f"markov_w2 has {markov.markov_w2.weight.shape[0]} rows; the draft vocabulary has {draft_vocab}")
         w2 = store(markov.markov_w2.weight.detach(), w2_format)
         if w2_format != "native":
-            logger.info(report("markov_w2", markov.markov_w2.weight.detach(), w2))
+            logger.info("%s; %s", report("markov_w2", markov.markov_w2.weight.detach(), w2), acceptance(markov.kind, w2_format))
     if markov is not None and kind != "vanilla":
         projection, split = (markov.gate_proj, -rank) if kind == "gated" else (markov.joint_proj, 2 * rank)
         first, second = projection.weight.detach().tensor_split([split], dim=1)
@@ -86,6 +80,7 @@ def prepare(
             assert w1 is not None
             table = torch.cat([rows.float() @ weight[size:] for rows in torch.split(w1, 1 << 16)])
     return HeadWeights(
-        kind, draft_vocab, rank, dtype, w1, w2, inner, outer, outer_bias, head, table,
-        None if target_ids is None else target_ids.long().contiguous(), soft_cap or 0.0, scale,
+        kind, rank, dtype, w1, w2, inner, outer, outer_bias, head, table,
+        None if target_ids is None else target_ids.long().contiguous(),
+        0.0 if markov is None else markov.soft_cap, 1.0 if markov is None else markov.scale,
     )  # fmt: skip

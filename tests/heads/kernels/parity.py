@@ -31,17 +31,18 @@ class KernelCase(Case):
     padded: tuple[int, ...] = ()
     indexed: bool = True
     processed_dtype: torch.dtype = torch.float32
-    soft_cap: float | None = None
+    soft_cap: float = 0.0
     scale: float = 1.0
     weights: HeadWeights = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        vocab = self.logits.shape[-1]
         for name, module in (("markov", self.markov), ("confidence_head", self.confidence_head)):
             setattr(self, name, None if module is None else module.to(DEVICE))
         ids = None if self.target_ids is None else self.target_ids.to(DEVICE)
-        self.weights = prepare(self.markov, self.confidence_head, vocab, ids, self.w2_format, self.soft_cap, self.scale)
+        if self.markov is not None:
+            self.markov.soft_cap, self.markov.scale = self.soft_cap, self.scale
+        self.weights = prepare(self.markov, self.confidence_head, ids, self.w2_format)
         self.slot_of = torch.randperm(self.batch + SPARE, generator=torch.Generator().manual_seed(self.seed))[: self.batch]
         self.seeds = torch.randint(-(2**62), 2**62, (self.batch + SPARE,), generator=torch.Generator().manual_seed(self.seed))
         self.positions = torch.arange(self.batch)[:, None] * 1000 + torch.arange(self.slots) + 1

@@ -38,12 +38,10 @@ def test_float32_out_is_exact_up_to_sums(dtype, format, rows):
 def test_a_quantised_lm_head_caps_and_scales(format):
     torch.manual_seed(0)
     hidden, weight = torch.randn(5, 64).bfloat16(), torch.randn(300, 64).bfloat16()
-    head = QuantisedHead(weight.to(DEVICE), 8, torch.bfloat16, format, soft_cap=6.0, scale=0.5)
+    head = QuantisedHead(weight.to(DEVICE), torch.bfloat16, format, soft_cap=6.0, scale=0.5)
     raw = hidden.double() @ store(weight, format).dequantise().double().T
     assert raw.abs().max() > 12
-    head.logits.fill_(float("nan"))
     close(head(hidden.to(DEVICE)).cpu(), torch.tanh(raw / 6) * 6 * 0.5, 6e-3)  # Triton's interpreter truncates to bfloat16
-    assert bool(head.logits[5:].isnan().all())
 
 
 def test_every_byte_of_e4m3_is_multiplied_as_the_number_it_is():

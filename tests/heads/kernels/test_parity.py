@@ -92,6 +92,10 @@ def test_rounds_that_do_not_fit_the_buffers_are_refused():
     case = KernelCase("vanilla", batch=3, slots=2)
     with pytest.raises(ValueError, match="3 rows and 2 slots; the buffers are for up to 2 and 2"):
         run(case, build(case, max_batch=2))
+    stage = build(case)
+    case.logits, case.noise = case.logits[..., :-1], case.noise[..., :-1].contiguous()
+    with pytest.raises(ValueError, match="markov_w2 has 31 rows; the draft vocabulary has 30"):
+        run(case, stage)
 
 
 @pytest.mark.slow

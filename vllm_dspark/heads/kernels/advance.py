@@ -7,7 +7,7 @@
 
 P is the part of the projections that needs only hidden states, bias included, from one GEMM before the first step.
 The grid is row blocks x blocks of the r outputs, so that no program reads all of J. Run once more after the last step,
-this writes the last token (LAST).
+this writes the last token, and confidence 0 for rows whose logits were not numbers (LAST).
 """
 
 import triton
@@ -21,10 +21,13 @@ from vllm_dspark.heads.weights import HeadWeights
 
 
 @triton.jit
-def _part(inner, gate: tl.constexpr, out, r, offset: tl.constexpr, width: tl.constexpr, RANK: tl.constexpr):
-    """The tile ``inner[gate * RANK + out, offset + r]``, zeros outside; row and column numbers are within the part."""
+def _gate(
+    x, inner, gate: tl.constexpr, out, r, offset: tl.constexpr, width: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """x times the tile ``inner[gate * RANK + out, offset + r]``, zeros outside; row and column numbers are within the part."""
     mask = (out < RANK)[:, None] & (r < RANK)[None, :]
-    return tl.load(inner + (gate * RANK + out)[:, None] * width + offset + r[None, :], mask=mask, other=0.0)
+    tile = tl.load(inner + (gate * RANK + out)[:, None] * width + offset + r[None, :], mask=mask, other=0.0)
+    return product(x, tile, inner.dtype.element_ty, SPLIT)
 
 
 @triton.jit
@@ -38,7 +41,7 @@ def _rows(matrix, row, r, valid, RANK: tl.constexpr):
 def advance_kernel(
     anchors, anchor_row, partials, parts, target_ids, vocab, index, index_row,
     tokens, tokens_row, hidden_confidences, confidence_table, confidences, confidences_row,
-    w1, inner, projected, projected_row, projected_slot, state, next_state, codes, previous_out,
+    w1, inner, projected, projected_row, projected_slot, state, next_state, codes, previous_out, broken,
     batch, k, slots: tl.constexpr,
     KIND: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_PARTS: tl.constexpr,
@@ -55,6 +58,10 @@ def advance_kernel(
         )  # fmt: skip
         if not LAST:
             tl.store(previous_out + rows, previous, mask=valid)
+        elif confidences is not None:
+            bad = tl.load(broken + rows, mask=valid, other=0) > 0
+            for slot in range(slots):
+                tl.store(confidences + rows * confidences_row + slot, tl.zeros([BLOCK_ROWS], dtype=tl.float32), mask=bad)
     if not LAST and KIND != "none":
         out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         here = valid[:, None] & (out < RANK)[None, :]
@@ -66,7 +73,7 @@ def advance_kernel(
             gate = tl.load(hidden_part, mask=here, other=0.0).to(tl.float32)
             for start in tl.range(0, RANK_PAD, BLOCK_R):
                 r = start + tl.arange(0, BLOCK_R)
-                gate += product(_rows(w1, previous, r, valid, RANK), _part(inner, 0, out, r, 0, RANK, RANK), False)
+                gate += _gate(_rows(w1, previous, r, valid, RANK), inner, 0, out, r, 0, RANK, RANK, False)
             code = sigmoid(gate) * own
         elif KIND == "rnn":
             keep = tl.load(hidden_part, mask=here, other=0.0).to(tl.float32)
@@ -75,14 +82,14 @@ def advance_kernel(
             for start in tl.range(0, RANK_PAD, BLOCK_R):
                 r = start + tl.arange(0, BLOCK_R)
                 e = _rows(w1, previous, r, valid, RANK)
-                keep += product(e, _part(inner, 0, out, r, RANK, 2 * RANK, RANK), False)
-                fresh += product(e, _part(inner, 1, out, r, RANK, 2 * RANK, RANK), False)
-                shown += product(e, _part(inner, 2, out, r, RANK, 2 * RANK, RANK), False)
+                keep += _gate(e, inner, 0, out, r, RANK, 2 * RANK, RANK, False)
+                fresh += _gate(e, inner, 1, out, r, RANK, 2 * RANK, RANK, False)
+                shown += _gate(e, inner, 2, out, r, RANK, 2 * RANK, RANK, False)
                 if not FIRST:
                     s = _rows(state, rows, r, valid, RANK)
-                    keep += product(s, _part(inner, 0, out, r, 0, 2 * RANK, RANK), True)
-                    fresh += product(s, _part(inner, 1, out, r, 0, 2 * RANK, RANK), True)
-                    shown += product(s, _part(inner, 2, out, r, 0, 2 * RANK, RANK), True)
+                    keep += _gate(s, inner, 0, out, r, 0, 2 * RANK, RANK, True)
+                    fresh += _gate(s, inner, 1, out, r, 0, 2 * RANK, RANK, True)
+                    shown += _gate(s, inner, 2, out, r, 0, 2 * RANK, RANK, True)
             keep = sigmoid(keep)
             after = (1 - keep) * tanh(fresh)
             if not FIRST:
@@ -106,7 +113,8 @@ def arguments(weights: HeadWeights, buffers: Buffers, round: Round, k: int, part
         round.index, strides(round.index)[0], round.tokens, round.tokens.stride(0),
         buffers.hidden_confidences, weights.confidence_table, confidences, strides(confidences)[0],
         weights.w1, weights.inner, buffers.projected, *strides(buffers.projected),
-        buffers.states[k % 2], buffers.states[(k + 1) % 2], buffers.codes, buffers.previous, batch, k,
+        buffers.states[k % 2], buffers.states[(k + 1) % 2], buffers.codes, buffers.previous, buffers.broken,
+        batch, k,
     ), {
         "slots": slots, "KIND": weights.kind, "FIRST": k == 0, "LAST": last, "RANK": weights.rank, "RANK_PAD": rank_pad,
         "BLOCK_ROWS": block_rows, "BLOCK_OUT": block_out, "BLOCK_R": rank_pad if block_rows == 1 else min(rank_pad, 64),

@@ -18,7 +18,7 @@ from vllm_dspark.heads.kernels.common import dequantise, previous_tokens, produc
 from vllm_dspark.heads.kernels.launch import ceiling, power_of_two
 from vllm_dspark.heads.kernels.noise import hash_prefix
 from vllm_dspark.heads.kernels.pack import pack
-from vllm_dspark.heads.kernels.step import correct, draw_scores
+from vllm_dspark.heads.kernels.step import correct, draw_scores, mend
 from vllm_dspark.heads.stage import Round
 from vllm_dspark.heads.weights import HeadWeights
 
@@ -85,11 +85,11 @@ def candidate_kernel(
     if w2 is not None:
         gather = live[:, None] & (r < RANK)[None, :]
         tile = tl.load(w2 + ids[:, None].to(tl.int64) * RANK + r[None, :], mask=gather, other=0)
-        acc = product(code, dequantise(tile, FORMAT, w1.dtype.element_ty), False)
+        acc = product(code, dequantise(tile, FORMAT), w1.dtype.element_ty, False)
     wide = rows.to(tl.int64)
     z = correct(acc, w2_scale, base + wide[:, None] * base_row + k * base_slot + ids[None, :], ids, shown, live, SOFT_CAP,
                 SCALE)  # fmt: skip
-    bad = tl.max((((z != z) | (z == float("inf"))) & shown).to(tl.int32), axis=1)
+    z, bad = mend(z, shown)
     score = z
     if SAMPLED:
         heat = tl.load(temperature + request, mask=valid, other=0.0)
@@ -113,7 +113,7 @@ def candidate_kernel(
             spot = written + (request[:, None] * slots + k) * (TOP + LISTED) + lanes[None, :]
             tl.store(spot, tl.broadcast_to(keys[None, :], [1, LANES]), mask=write)
         score = draw_scores(z, heat, hot, prefix, keys, injected, shown)
-    packed = tl.where(shown & (score == score), pack(score, tl.broadcast_to(ids[None, :], [1, LANES])), _LOWEST)
+    packed = tl.where(shown, pack(score, tl.broadcast_to(ids[None, :], [1, LANES])), _LOWEST)
     tl.store(partials + rows * parts + part, tl.max(packed, axis=1), mask=valid)
     tl.store(broken + rows, 1, mask=valid & (bad > 0))
 

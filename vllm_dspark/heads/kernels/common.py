@@ -88,16 +88,17 @@ def record(
 
 
 @triton.jit
-def product(x, w, SPLIT: tl.constexpr):
+def product(x, w, DTYPE: tl.constexpr, SPLIT: tl.constexpr):
     """``x [M, R] @ w [N, R]^T`` in float32. One row is a multiply and sum on CUDA cores; more go through tensor cores.
 
-    Tensor cores take ``x`` rounded to the type of ``w``; SPLIT adds a second product with what the rounding lost.
+    Tensor cores take both as DTYPE, which holds ``w`` exactly; SPLIT adds a second product with what rounding ``x`` lost.
     """
     if x.shape[0] == 1:
         out = tl.sum(w.to(tl.float32) * x.to(tl.float32), axis=1)[None, :]
     else:
-        high = x.to(w.dtype)
-        low = (x.to(tl.float32) - high.to(tl.float32)).to(w.dtype)
+        high = x.to(DTYPE)
+        low = (x.to(tl.float32) - high.to(tl.float32)).to(DTYPE)
+        w = w.to(DTYPE)
         if INTERPRETED:
             high, low, w = high.to(tl.float32), low.to(tl.float32), w.to(tl.float32)
         out = tl.dot(high, tl.trans(w), input_precision="ieee")
@@ -107,15 +108,15 @@ def product(x, w, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def dequantise(w, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
-    """Weights as they are stored to DTYPE, exactly, row scales left out. fp8 comes as the bytes of e4m3.
+def dequantise(w, FORMAT: tl.constexpr):
+    """Weights as they are stored to a float type that holds them exactly, row scales left out. fp8 comes as bytes of e4m3.
 
     An e4m3 byte shifted into a half's exponent is its value times 2^-8 (subnormals too), which the row scales make up for.
-    This needs no fp8 conversion instructions, so it runs everywhere. Integers pass through float32 on their way.
+    This needs no fp8 conversion instructions, so it runs everywhere.
     """
     if FORMAT == "fp8":
         bits = w.to(tl.uint16)
         w = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
     elif FORMAT == "int8":
         w = w.to(tl.float32)
-    return w.to(DTYPE)
+    return w

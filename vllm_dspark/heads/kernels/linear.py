@@ -4,7 +4,7 @@
 
 What cuBLAS has no form of: eight-bit weights under sixteen-bit activations that are not quantised, and float32 out of
 sixteen-bit operands (rounding the projections would move gated and rnn logits by a thousandth). W is read once for
-every block of up to 128 rows of x: N d weight bytes, 2 M N d flops.
+every block of up to 64 rows of x: N d weight bytes, 2 M N d flops.
 """
 
 import triton
@@ -31,7 +31,7 @@ def linear_kernel(
         inside = (at < SIZE)[None, :]
         a = tl.load(x + wide_m[:, None] * x_row + at[None, :], mask=(m < rows)[:, None] & inside, other=0.0)
         b = tl.load(w + wide_n[:, None] * SIZE + at[None, :], mask=(n < columns)[:, None] & inside, other=0)
-        acc += product(a, dequantise(b, FORMAT, a.dtype), False)
+        acc += product(a, dequantise(b, FORMAT), a.dtype, False)
     if w_scale is not None:
         acc *= tl.load(w_scale + n, mask=n < columns, other=0.0)[None, :]
     if bias is not None:

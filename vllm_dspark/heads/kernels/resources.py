@@ -20,13 +20,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_dspark.heads.candidates import Candidates
-from vllm_dspark.heads.formats import Stored, WeightFormat
+from vllm_dspark.heads.formats import Stored
 from vllm_dspark.heads.kernels import advance, candidates, linear, step
 from vllm_dspark.heads.kernels.buffers import Arguments, allocate
 from vllm_dspark.heads.kernels.launch import KNOWN, Device, step_launch
 from vllm_dspark.heads.modules import HeadKind
 from vllm_dspark.heads.stage import Draws, Round
 from vllm_dspark.heads.weights import HeadWeights
+from vllm_dspark.options import WeightFormat
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -137,7 +138,7 @@ def weights_of(case: Case, slots: int = 7) -> HeadWeights:
     parts = {"gated": 1, "rnn": 3}.get(case.kind, 0)
     bare = case.kind == "none"
     return HeadWeights(
-        case.kind, v, 0 if bare else r, case.dtype, None if bare else meta(v, r), None if bare else w2,
+        case.kind, 0 if bare else r, case.dtype, None if bare else meta(v, r), None if bare else w2,
         meta(parts * r, r * (2 if parts == 3 else 1)) if parts else None,
         meta(parts * r, HIDDEN) if parts else None, meta(parts * r) if parts else None,
         (meta(HIDDEN, dtype=torch.float32), meta(1, dtype=torch.float32)), meta(v, dtype=torch.float32), None, 0.0, 1.0,

@@ -36,9 +36,6 @@ class FusedStage:
         self.name = "fused"
         self.candidates = candidates
         if candidates is not None:
-            shape = (max_batch, slots, candidates.top)
-            self._chosen = torch.zeros(shape, dtype=torch.int64, device=device)
-            self._values = torch.zeros(shape, dtype=weights.dtype, device=device)
             self._written = torch.full((max_batch, slots, candidates.most), -1, dtype=torch.int32, device=device)
         self.weights = weights
         self.slots = slots
@@ -50,7 +47,7 @@ class FusedStage:
         """Write tokens, confidences and processed logits of ``round``.
 
         Raises:
-            ValueError: more rows or slots than the buffers have, or strided ids or noise.
+            ValueError: more rows or slots than the buffers have, strided ids or noise, or an engine's sampler.
         """
         self._check(round)
         batch, slots, vocab = round.logits.shape
@@ -71,9 +68,8 @@ class FusedStage:
         advance(weights, self.buffers, round, slots, launch.parts)
 
     def _draft_candidates(self, round: Round, candidates: Candidates) -> None:
-        batch, slots, _ = round.logits.shape
-        chosen, values = self._chosen[:batch], self._values[:batch]
-        torch.topk(round.logits, candidates.top, dim=-1, sorted=False, out=(values, chosen))
+        slots = round.logits.shape[1]
+        chosen = round.logits.topk(candidates.top, dim=-1, sorted=False).indices
         written: Tensor | None = None
         if round.draws is not None and round.draws.processed is not None:
             written = self._written
@@ -102,13 +98,17 @@ class FusedStage:
             hidden_confidences(round.hidden, *weights.confidence, buffers.hidden_confidences)
 
     def _check(self, round: Round) -> None:
-        batch, slots, _ = round.logits.shape
+        batch, slots, vocab = round.logits.shape
         if batch > self.broken.shape[0] or slots != self.slots:
             raise ValueError(
                 f"a round of {batch} rows and {slots} slots; the buffers are for up to {self.broken.shape[0]} and {self.slots}"
             )
+        if self.weights.w2 is not None and len(self.weights.w2.values) != vocab:
+            raise ValueError(f"markov_w2 has {len(self.weights.w2.values)} rows; the draft vocabulary has {vocab}")
         if round.logits.stride(-1) != 1 or round.tokens.stride(-1) != 1:
             raise ValueError("logits and tokens need a contiguous last dimension")
+        if round.sampler is not None:
+            raise ValueError("the fused stage draws by itself; a sampler of the engine's needs the torch stage")
         if self.candidates is not None and round.draws is not None and round.draws.processed is not None:
             held, built = round.draws.processed.shape[0], self.broken.shape[0]
             if held > built:

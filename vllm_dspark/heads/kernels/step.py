@@ -24,8 +24,10 @@ from vllm_dspark.heads.kernels.common import dequantise, previous_tokens, produc
 from vllm_dspark.heads.kernels.launch import StepLaunch, ceiling, power_of_two
 from vllm_dspark.heads.kernels.noise import gumbel, hash_prefix
 from vllm_dspark.heads.kernels.pack import pack
-from vllm_dspark.heads.stage import Round
+from vllm_dspark.heads.stage import FLOOR, Round
 from vllm_dspark.heads.weights import HeadWeights
+
+_FLOOR = tl.constexpr(FLOOR)
 
 
 @triton.jit
@@ -44,7 +46,14 @@ def correct(acc, w2_scale, base, v, live, in_part, SOFT_CAP: tl.constexpr, SCALE
         acc *= tl.load(w2_scale + v, mask=in_part, other=0.0)[None, :]
     if SOFT_CAP != 0.0:
         acc = tanh(acc / SOFT_CAP) * SOFT_CAP
-    return tl.load(base, mask=live, other=0.0).to(tl.float32) + acc * SCALE
+    return tl.load(base, mask=live, other=0.0, eviction_policy="evict_first").to(tl.float32) + acc * SCALE
+
+
+@triton.jit
+def mend(z, live):
+    """z with a very low number for each that is NaN or +inf, and which rows had one (int32)."""
+    bad = ((z != z) | (z == float("inf"))) & live
+    return tl.where(bad, _FLOOR, z), tl.max(bad.to(tl.int32), axis=1)
 
 
 @triton.jit
@@ -118,10 +127,11 @@ def step_kernel(
                 ahead = load_tile(w2, v + BLOCK_V, r, end, RANK, RANK_PAD)
             else:
                 tile = load_tile(w2, v, r, end, RANK, RANK_PAD)
-            acc = product(code, dequantise(tile, FORMAT, w1.dtype.element_ty), SPLIT)
+            acc = product(code, dequantise(tile, FORMAT), w1.dtype.element_ty, SPLIT)
         z = correct(acc, w2_scale, base + wide[:, None] * base_row + k * base_slot + v[None, :], v, live, in_part,
                     SOFT_CAP, SCALE)  # fmt: skip
-        bad |= tl.max(((z != z) | (z == float("inf"))).to(tl.int32), axis=1)
+        z, here = mend(z, live)
+        bad |= here
         keys = v
         if target_ids is not None and SAMPLED:
             keys = tl.load(target_ids + v, mask=in_part, other=0).to(tl.int32)
@@ -131,14 +141,14 @@ def step_kernel(
                 rounded = z.to(processed.dtype.element_ty)
                 z = tl.where(hot[:, None], rounded.to(tl.float32), z)
                 place_z = processed + request[:, None] * processed_row + k * processed_slot + keys[None, :]
-                tl.store(place_z, rounded, mask=live & hot[:, None])
+                tl.store(place_z, rounded, mask=live & hot[:, None], eviction_policy="evict_first")
             score = z
             if any_hot:
                 injected = noise
                 if noise is not None:
                     injected = noise + (wide[:, None] * slots + k) * vocab + v[None, :]
                 score = draw_scores(z, heat, hot, prefix, keys, injected, live)
-        score = tl.where(in_part[None, :] & (score == score), score, float("-inf"))  # a NaN never wins
+        score = tl.where(in_part[None, :], score, float("-inf"))
         top, at = tl.max(score, axis=1, return_indices=True)
         better = top > best
         best_id = tl.where(better, first + at, best_id)
