@@ -10,6 +10,7 @@ tokens are first compared with the eager stage's. Without a GPU the measured col
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,11 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vllm_dspark.heads.candidates import Candidates
-from vllm_dspark.heads.choose import why_not_fused
-from vllm_dspark.heads.formats import WeightFormat
+from vllm_dspark.heads.choose import why_no_kernels
 from vllm_dspark.heads.modules import HeadKind, MarkovHead
 from vllm_dspark.heads.stage import Draws, EagerStage, Round
-from vllm_dspark.heads.weights import HeadWeights, prepare
+from vllm_dspark.heads.weights import prepare
+from vllm_dspark.options import WeightFormat
 
 SLOTS = 7
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -42,16 +43,21 @@ SHAPES = {"qwen3": Shape(151936, 256, 4096), "gemma4": Shape(262144, 256, 3840),
 
 @dataclass(frozen=True)
 class Machine:
-    """Peak rates for the predictions: bytes/s from memory and from the second-level cache, bf16 flop/s, cache bytes."""
+    """Peak rates for the predictions: bytes/s from memory and from the second-level cache, bf16 flop/s, operations/s of
+    the other units, cache bytes; and what is reached of them: a share, and microseconds from one graph node to the next."""
 
     name: str
     memory: float
     cache_rate: float
     flops: float
+    operations: float
     cache: float
+    reached: float
+    node_us: float
 
 
-H200 = Machine("H200", 4.8e12, 5.5e12, 989e12, 50e6)
+H200 = Machine("H200", 4.8e12, 5.5e12, 989e12, 29.6e12, 50e6, 0.9, 1.5)
+NOISE = 60  # operations that one logit's salted noise takes: a hash, a series, two logarithms, a division
 
 
 @dataclass
@@ -66,6 +72,7 @@ class Row:
     flops: int
     floor_us: float
     launches: int
+    predicted_us: float
     loop_us: float | None = None
     graph_us: float | None = None
     graph_cold_us: float | None = None
@@ -103,13 +110,14 @@ def traffic(arm: Arm, shape: Shape, batch: int, sampled: bool) -> tuple[int, int
     row = 2 * batch * shape.vocab  # one bf16 pass over the batch's logits
     if arm.top:
         step = batch * arm.top * (shape.rank * 2 + 2)
-        return SLOTS * (step + row), 2 * SLOTS * batch * arm.top * shape.rank, SLOTS + 4
+        # torch.topk looks at every base logit about four times, in about ten kernels.
+        return SLOTS * (step + 4 * row), 2 * SLOTS * batch * arm.top * shape.rank, SLOTS + 2 + 10
     flops = 2 * SLOTS * batch * shape.vocab * shape.rank
     if arm.implementation == "fused":
         two = arm.kind != "vanilla" or batch > 16
         parts, columns = {"gated": (1, 1), "rnn": (3, 2)}.get(arm.kind, (0, 0))
         gates = 2 * parts * shape.rank * (shape.hidden + SLOTS * columns * shape.rank)
-        launches = SLOTS * (2 if two else 1) + 2 + bool(parts)
+        launches = SLOTS * (2 if two else 1) + 2 + bool(parts)  # and: the last maxima, clearing, projections
         return gates + SLOTS * (weight + row * (2 if sampled else 1)), flops, launches
     compiled = arm.implementation == "compiled sequence"
     # Bias written; read with the base logits and summed; read to sample (and, sampled, read again and cached).
@@ -122,7 +130,9 @@ def floor_us(arm: Arm, shape: Shape, batch: int, sampled: bool, machine: Machine
     total, flops, _ = traffic(arm, shape, batch, sampled)
     weight = 0 if arm.top else shape.vocab * shape.rank * (2 if arm.format == "native" else 1)
     kept = weight * (SLOTS - 1) if weight <= machine.cache * 0.8 else 0
-    return 1e6 * max((total - kept) / machine.memory + kept / machine.cache_rate, flops / machine.flops)
+    noise = SLOTS * batch * (arm.top or shape.vocab) * NOISE if sampled else 0
+    moved = (total - kept) / machine.memory + kept / machine.cache_rate
+    return 1e6 * max(moved, flops / machine.flops, noise / machine.operations)
 
 
 # -- arms --
@@ -141,10 +151,10 @@ def sequence(head: MarkovHead, round: Round, sample: Callable[[Tensor, int], Ten
 class SamplerStandIn:
     """vLLM's two-stage Gumbel sampler: our own step without W2 reads, writes and hashes what it does."""
 
-    def __init__(self, weights: HeadWeights, batch: int, draws: Draws, device: torch.device) -> None:
+    def __init__(self, batch: int, draws: Draws, device: torch.device) -> None:
         from vllm_dspark.heads.kernels.stage import FusedStage
 
-        bare = prepare(None, None, weights.draft_vocab)
+        bare = prepare(None, None)
         self.stage = FusedStage(bare, batch, 1, device)
         self.draws = draws
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -189,7 +199,7 @@ class Bench:
 
     def arm(self, arm: Arm) -> Callable[[], None]:
         """A function that drafts one round into ``self.round.tokens``."""
-        weights = prepare(self.heads[arm.kind], None, self.shape.vocab, None, arm.format)
+        weights = prepare(self.heads[arm.kind], None, None, arm.format)
         if arm.implementation == "fused":
             from vllm_dspark.heads.kernels.stage import FusedStage
 
@@ -199,7 +209,7 @@ class Bench:
                 self.round.draws.processed.fill_(-torch.inf)
             return lambda: stage.draft(self.round)
         draws = self.round.draws
-        sample = None if draws is None else SamplerStandIn(weights, self.batch, draws, self.device)
+        sample = None if draws is None else SamplerStandIn(self.batch, draws, self.device)
         run = torch.compile(sequence) if arm.implementation == "compiled sequence" else sequence
         return lambda: run(self.heads["vanilla"], self.round, sample)
 
@@ -209,7 +219,7 @@ class Bench:
         run()
         found = self.round.tokens[:, 0].clone()
         candidates = Candidates(min(arm.top, self.shape.vocab // 4)) if arm.top else None
-        weights = prepare(self.heads[arm.kind], None, self.shape.vocab, None, arm.format)
+        weights = prepare(self.heads[arm.kind], None, None, arm.format)
         EagerStage(weights, self.batch, self.device, candidates).draft(self.round)
         return float((self.round.tokens[:, 0] == found).float().mean())
 
@@ -261,18 +271,19 @@ def table(rows: list[Row]) -> str:
         return f"{value:9.1f}" if value is not None else f"{'–':>9}"
 
     lines = [f"{'shape':7} {'arm':25} {'B':>4} {'draws':7} {'MB':>8} {'GFLOP':>8} {'launches':>8} {'floor µs':>9} "
+             f"{'predicted':>9} "
              f"{'graph µs':>9} {'cold µs':>9} {'eager µs':>9}"]  # fmt: skip
     for r in rows:
         draws = "sampled" if r.sampled else "greedy"
         lines.append(
             f"{r.shape:7} {r.arm:25} {r.batch:4} {draws:7} {r.bytes / 1e6:8.1f} {r.flops / 1e9:8.2f} {r.launches:8} "
-            f"{r.floor_us:9.1f} {number(r.graph_us)} {number(r.graph_cold_us)} {number(r.loop_us)}"
+            f"{r.floor_us:9.1f} {r.predicted_us:9.1f} {number(r.graph_us)} {number(r.graph_cold_us)} {number(r.loop_us)}"
         )
     return "\n".join(lines)
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Time a round over the batch, one line an arm; floors dashed."""
+    """Time a round over the batch, one line an arm; predictions dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -283,11 +294,11 @@ def plot(rows: list[Row], path: Path) -> None:
     for axis, shape in zip(axes[0], shapes, strict=True):
         for place, arm in enumerate(dict.fromkeys(r.arm for r in rows)):
             some = [r for r in rows if r.arm == arm and r.shape == shape and r.sampled]
-            axis.plot([r.batch for r in some], [r.floor_us for r in some], "--", color=f"C{place}", linewidth=1)
+            axis.plot([r.batch for r in some], [r.predicted_us for r in some], "--", color=f"C{place}", linewidth=1)
             seen = [r for r in some if r.graph_us is not None]
             axis.plot([r.batch for r in seen], [r.graph_us for r in seen], "o-", color=f"C{place}", label=arm)
             if not seen:
-                axis.plot([], [], "--", color=f"C{place}", label=f"{arm} (floor)")
+                axis.plot([], [], "--", color=f"C{place}", label=f"{arm} (predicted)")
         axis.set(xscale="log", yscale="log", xlabel="requests", ylabel="µs a round", title=f"{shape}, {SLOTS} steps, sampled")
         axis.legend(fontsize=7)
     figure.tight_layout()
@@ -312,7 +323,8 @@ def main() -> None:
                 for arm in ARMS:
                     total, flops, launches = traffic(arm, SHAPES[name], batch, sampled)
                     least = floor_us(arm, SHAPES[name], batch, sampled)
-                    row = Row(arm.name, name, batch, sampled, total, flops, least, launches)
+                    predicted = least / H200.reached + launches * H200.node_us
+                    row = Row(arm.name, name, batch, sampled, total, flops, round(least, 1), launches, round(predicted, 1))
                     if bench is not None and not (sampled and arm.implementation == "compiled sequence"):
                         run = bench.arm(arm)
                         print(f"{name} B={batch} {arm.name}: first tokens agree in {bench.agreement(arm, run):.1%}", flush=True)
@@ -322,28 +334,27 @@ def main() -> None:
     if options.dry:
         dry_run(device)
     if options.out:
-        options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        options.out.write_text("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n")
     if options.plot:
         plot(rows, options.plot)
 
 
 def dry_run(device: torch.device) -> None:
     """Every arm once on the tiny shape; says which could not run."""
-    for batch in (1, 3):
-        for sampled in (False, True):
-            bench = Bench(SHAPES["tiny"], batch, sampled, device)
-            for arm in ARMS:
-                weights = prepare(bench.heads[arm.kind], None, SHAPES["tiny"].vocab)
-                reason = why_not_fused(weights, device)
-                if arm.implementation == "compiled sequence":
-                    reason = "compiling is left to GPUs"
-                elif arm.implementation == "sequence" and not sampled:
-                    reason = None
-                if reason is not None:
-                    print(f"dry B={batch} {arm.name}: not run, {reason}")
-                    continue
-                agree = bench.agreement(arm, bench.arm(arm))
-                print(f"dry B={batch} {'sampled' if sampled else 'greedy'} {arm.name}: first tokens agree in {agree:.1%}")
+    for batch, sampled in ((1, False), (3, True)):
+        bench = Bench(SHAPES["tiny"], batch, sampled, device)
+        for arm in ARMS:
+            weights = prepare(bench.heads[arm.kind], None)
+            reason = why_no_kernels(device, weights.rank, interpreted=os.environ.get("TRITON_INTERPRET") == "1")
+            if arm.implementation == "compiled sequence":
+                reason = "compiling is left to GPUs"
+            elif arm.implementation == "sequence" and not sampled:
+                reason = None
+            if reason is not None:
+                print(f"dry B={batch} {arm.name}: not run, {reason}")
+                continue
+            agree = bench.agreement(arm, bench.arm(arm))
+            print(f"dry B={batch} {'sampled' if sampled else 'greedy'} {arm.name}: first tokens agree in {agree:.1%}")
 
 
 if __name__ == "__main__":
