@@ -31,8 +31,8 @@ ROWS = 1 << 14  # quantised at a time, so that a large matrix needs little more 
 class Stored:
     """A matrix ``[rows, columns]`` in a format.
 
-    fp8 values are bytes. ``scale`` is ``[rows]`` float32, None for native; that of fp8 is times 2^8, because
-    ``kernels.common.dequantise`` yields e4m3 values times 2^-8.
+    ``scale`` is ``[rows]`` float32, None for native. fp8 values are e4m3 where the device converts it; elsewhere they are
+    its bytes, of which ``kernels.common.dequantise`` makes values times 2^-8, so their scales are times 2^8.
     """
 
     values: Tensor
@@ -47,7 +47,7 @@ class Stored:
         """The matrix that the kernels multiply with."""
         if self.scale is None:
             return self.values.to(dtype)
-        if self.format == "fp8":
+        if self.values.dtype == torch.uint8:
             return (self.values.view(torch.float8_e4m3fn).float() * (self.scale[:, None] / FP8_SHIFT)).to(dtype)
         return (self.values.float() * self.scale[:, None]).to(dtype)
 
@@ -62,7 +62,9 @@ def store(weight: Tensor, format: WeightFormat) -> Stored:
         raise ValueError(f"weight format {format!r}; expected one of {', '.join(WEIGHT_FORMATS)}")
     if format == "native":
         return Stored(weight.contiguous(), None, format)
-    values = torch.empty(weight.shape, dtype=torch.int8 if format == "int8" else torch.uint8, device=weight.device)
+    shift = 1.0 if format == "int8" or converts_e4m3(weight.device) else FP8_SHIFT
+    kept = torch.int8 if format == "int8" else torch.float8_e4m3fn
+    values = torch.empty(weight.shape, dtype=kept, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     for start in range(0, weight.shape[0], ROWS):
         rows = weight[start : start + ROWS].float()
@@ -71,10 +73,14 @@ def store(weight: Tensor, format: WeightFormat) -> Stored:
             raise ValueError(f"rows {start}..{start + len(rows) - 1} hold values that are not finite and cannot be quantised")
         step = torch.where(largest > 0, largest, 1.0) / _LARGEST[format]
         scaled = rows / step[:, None]
-        quantised = scaled.round().to(torch.int8) if format == "int8" else scaled.to(torch.float8_e4m3fn).view(torch.uint8)
-        values[start : start + ROWS] = quantised
-        scale[start : start + ROWS] = step * FP8_SHIFT if format == "fp8" else step
-    return Stored(values, scale, format)
+        values[start : start + ROWS] = scaled.round().to(kept) if format == "int8" else scaled.to(kept)
+        scale[start : start + ROWS] = step * shift
+    return Stored(values if shift == 1.0 else values.view(torch.uint8), scale, format)
+
+
+def converts_e4m3(device: torch.device) -> bool:
+    """Whether the device has instructions for e4m3 as torch and Triton know it: NVIDIA's, from sm_89 on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def report(name: str, weight: Tensor, stored: Stored) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from parity import DEVICE
 
-from vllm_dspark.heads.formats import WEIGHT_FORMATS, store
+from vllm_dspark.heads.formats import WEIGHT_FORMATS, Stored, store
 from vllm_dspark.heads.kernels.confidence import hidden_confidences
 from vllm_dspark.heads.kernels.linear import linear
 from vllm_dspark.heads.lm_head import QuantisedHead
@@ -44,15 +44,16 @@ def test_a_quantised_lm_head_caps_and_scales(format):
     close(head(hidden.to(DEVICE)).cpu(), torch.tanh(raw / 6) * 6 * 0.5, 6e-3)  # Triton's interpreter truncates to bfloat16
 
 
-def test_every_byte_of_e4m3_is_multiplied_as_the_number_it_is():
+@pytest.mark.parametrize("converted", [False, True], ids=["from bits", "by the device"])
+def test_every_byte_of_e4m3_is_multiplied_as_the_number_it_is(converted):
     """All 254 finite values, subnormals and zeros among them, each times one."""
     bytes_ = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F], dtype=torch.uint8)
-    stored = store(torch.ones(254, 1), "fp8")
-    stored.values[:, 0] = bytes_
-    stored.scale.fill_(256.0)
-    moved = type(stored)(stored.values.to(DEVICE), stored.scale.to(DEVICE), "fp8")
+    values = bytes_.view(torch.float8_e4m3fn) if converted else bytes_
+    scale = torch.full((254,), 1.0 if converted else 256.0, device=DEVICE)
+    stored = Stored(values[:, None].to(DEVICE), scale, "fp8")
+    assert torch.equal(stored.dequantise()[:, 0].cpu(), bytes_.view(torch.float8_e4m3fn).float())
     out = torch.full((1, 254), float("nan"), device=DEVICE)
-    linear(torch.ones(1, 1, device=DEVICE), moved, out)
+    linear(torch.ones(1, 1, device=DEVICE), stored, out)
     assert torch.equal(out[0].cpu(), bytes_.view(torch.float8_e4m3fn).float())
 
 

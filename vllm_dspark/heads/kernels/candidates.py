@@ -84,7 +84,7 @@ def candidate_kernel(
     acc = tl.zeros([1, LANES], dtype=tl.float32)
     if w2 is not None:
         gather = live[:, None] & (r < RANK)[None, :]
-        tile = tl.load(w2 + ids[:, None].to(tl.int64) * RANK + r[None, :], mask=gather, other=0)
+        tile = tl.load(w2 + ids[:, None].to(tl.int64) * RANK + r[None, :], mask=gather, other=0.0)
         acc = product(code, dequantise(tile, FORMAT), w1.dtype.element_ty, False)
     wide = rows.to(tl.int64)
     z = correct(acc, w2_scale, base + wide[:, None] * base_row + k * base_slot + ids[None, :], ids, shown, live, SOFT_CAP,

@@ -109,14 +109,17 @@ def product(x, w, DTYPE: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def dequantise(w, FORMAT: tl.constexpr):
-    """Weights as they are stored to a float type that holds them exactly, row scales left out. fp8 comes as bytes of e4m3.
+    """Weights as they are stored to a float type that holds them exactly, row scales left out.
 
-    An e4m3 byte shifted into a half's exponent is its value times 2^-8 (subnormals too), which the row scales make up for.
-    This needs no fp8 conversion instructions, so it runs everywhere.
+    Where the device has no e4m3 they come as bytes: one shifted into a half's exponent is its value times 2^-8 (subnormals
+    too), which the row scales make up for.
     """
     if FORMAT == "fp8":
-        bits = w.to(tl.uint16)
-        w = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        if w.dtype == tl.uint8:
+            bits = w.to(tl.uint16)
+            w = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        else:
+            w = w.to(tl.float16).to(tl.float32)  # from half to bfloat16 in one step is a slow instruction
     elif FORMAT == "int8":
         w = w.to(tl.float32)
     return w

@@ -30,7 +30,7 @@ def linear_kernel(
         at = start + tl.arange(0, BLOCK_K)
         inside = (at < SIZE)[None, :]
         a = tl.load(x + wide_m[:, None] * x_row + at[None, :], mask=(m < rows)[:, None] & inside, other=0.0)
-        b = tl.load(w + wide_n[:, None] * SIZE + at[None, :], mask=(n < columns)[:, None] & inside, other=0)
+        b = tl.load(w + wide_n[:, None] * SIZE + at[None, :], mask=(n < columns)[:, None] & inside, other=0.0)
         acc += product(a, dequantise(b, FORMAT), a.dtype, False)
     if w_scale is not None:
         acc *= tl.load(w_scale + n, mask=n < columns, other=0.0)[None, :]

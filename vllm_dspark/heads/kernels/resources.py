@@ -40,7 +40,7 @@ HIDDEN = 4096
 META = torch.device("meta")
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
-    torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int8: "*i8", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
 
 
@@ -126,14 +126,19 @@ class Resources:
         return self.spilled == 0 and self.shared <= self.limit and enough
 
 
-def weights_of(case: Case, slots: int = 7) -> HeadWeights:
+def e4m3(device: Device) -> torch.dtype:
+    """As ``formats.store`` keeps it there."""
+    return torch.uint8 if device.arch in ("sm_80", "gfx942") else torch.float8_e4m3fn
+
+
+def weights_of(case: Case, fp8: torch.dtype) -> HeadWeights:
     """Tensors without storage in the shapes of ``case``."""
 
     def meta(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=META)
 
     r, v = case.rank, case.vocab
-    stored = {"native": case.dtype, "int8": torch.int8, "fp8": torch.uint8}[case.format]
+    stored = {"native": case.dtype, "int8": torch.int8, "fp8": fp8}[case.format]
     w2 = Stored(meta(v, r, dtype=stored), None if case.format == "native" else meta(v, dtype=torch.float32), case.format)
     parts = {"gated": 1, "rnn": 3}.get(case.kind, 0)
     bare = case.kind == "none"
@@ -147,7 +152,7 @@ def weights_of(case: Case, slots: int = 7) -> HeadWeights:
 
 def launch_of(case: Case, device: Device, slots: int = 7) -> tuple[Any, Arguments, int]:
     """The kernel, the arguments of step 1 of a round and the programs counted on at once."""
-    weights = weights_of(case, slots)
+    weights = weights_of(case, e4m3(device))
     buffers = allocate(weights, case.batch, slots, META)
 
     def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -164,7 +169,7 @@ def launch_of(case: Case, device: Device, slots: int = 7) -> tuple[Any, Argument
     )  # fmt: skip
     if case.kernel == "linear":
         x = meta(b * slots, HIDDEN, dtype=case.dtype)
-        head = Stored(meta(case.vocab, HIDDEN, dtype=torch.uint8), meta(case.vocab, dtype=torch.float32), "fp8")
+        head = Stored(meta(case.vocab, HIDDEN, dtype=e4m3(device)), meta(case.vocab, dtype=torch.float32), "fp8")
         matrix = head if weights.outer is None else Stored(weights.outer, None, "native")
         out = meta(b * slots, len(matrix.values), dtype=case.dtype if weights.outer is None else torch.float32)
         return linear.linear_kernel, linear.arguments(x, matrix, out, weights.outer_bias), 1

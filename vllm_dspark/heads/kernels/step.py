@@ -36,7 +36,7 @@ def load_tile(w2, v, r, end, RANK: tl.constexpr, RANK_PAD: tl.constexpr):
     mask = (v < end)[:, None]
     if RANK != RANK_PAD:
         mask = mask & (r < RANK)[None, :]
-    return tl.load(w2 + v[:, None] * RANK + r[None, :], mask=mask, other=0)
+    return tl.load(w2 + v[:, None] * RANK + r[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
