@@ -296,11 +296,10 @@ def plot(rows: list[Row], path: Path) -> None:
             some = [r for r in rows if r.arm == arm and r.shape == shape and r.sampled]
             axis.plot([r.batch for r in some], [r.predicted_us for r in some], "--", color=f"C{place}", linewidth=1)
             seen = [r for r in some if r.graph_us is not None]
-            axis.plot([r.batch for r in seen], [r.graph_us for r in seen], "o-", color=f"C{place}", label=arm)
-            if not seen:
-                axis.plot([], [], "--", color=f"C{place}", label=f"{arm} (predicted)")
+            axis.plot([r.batch for r in seen], [r.graph_us for r in seen], "o-", color=f"C{place}")
+            axis.plot([], [], "o-" if seen else "--", color=f"C{place}", label=arm if seen else f"{arm} (predicted)")
         axis.set(xscale="log", yscale="log", xlabel="requests", ylabel="µs a round", title=f"{shape}, {SLOTS} steps, sampled")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

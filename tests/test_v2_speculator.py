@@ -97,11 +97,12 @@ class Backbone(nn.Module):
 class Draft(models.DraftHeads, Backbone):
     """A draft model with heads and no backbone to speak of; ``ids`` are the target ids that it drafts."""
 
-    def __init__(self, kind: HeadKind, confident: bool = True, ids: Tensor = EVERY) -> None:
+    def __init__(self, kind: HeadKind, confident: bool = True, ids: Tensor | None = None) -> None:
         super().__init__()
         torch.manual_seed(2)
-        self.ids, drafted = ids, len(ids)
-        self.draft_id_to_target_id = None if drafted == VOCABULARY else ids - torch.arange(drafted)
+        self.ids = torch.arange(VOCABULARY) if ids is None else ids
+        drafted = len(self.ids)
+        self.draft_id_to_target_id = None if drafted == VOCABULARY else self.ids - torch.arange(drafted)
         self.lm_head = nn.Linear(HIDDEN, drafted, bias=False)
         self.markov_head = None if kind == "none" else MarkovHead(kind, VOCABULARY, drafted, RANK, HIDDEN)
         self.confidence_head = ConfidenceHead(HIDDEN, RANK, self.markov_head is not None) if confident else None
