@@ -18,6 +18,7 @@ def install() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(BACKEND), os.environ.get("PYTHONPATH")]))
     os.environ["TRITON_INTERPRET"] = "1"
     _mend_masks()
+    _mend_log1p()
 
 
 def _mend_masks() -> None:
@@ -26,6 +27,14 @@ def _mend_masks() -> None:
 
     for name in ("create_masked_load", "create_masked_store"):
         setattr(InterpreterBuilder, name, _with_boolean_mask(getattr(InterpreterBuilder, name)))
+
+
+def _mend_log1p() -> None:
+    """What comes from libdevice is an empty shell to the interpreter; vLLM's rejection sampler takes a logarithm from there."""
+    from triton import language as tl
+    from triton.language.extra import libdevice
+
+    libdevice.log1p = lambda x: tl.log(1.0 + x)
 
 
 def _with_boolean_mask(original: Callable[..., Any]) -> Callable[..., Any]:

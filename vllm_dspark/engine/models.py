@@ -182,6 +182,7 @@ class Gemma4DSparkDraft(DraftHeads, Gemma4DSparkForCausalLM):
 
     def __init__(self, *, vllm_config, prefix: str = "") -> None:  # type: ignore[no-untyped-def]
         Gemma4DSparkForCausalLM.__init__(self, vllm_config=vllm_config, prefix=maybe_prefix("draft", prefix))
+        self.target_vocab_size = vllm_config.model_config.get_vocab_size()
         self.model.markov_head = None
         self.model.confidence_head = None
         self.build_heads()
