@@ -111,9 +111,7 @@ class EagerStage:
         self.broken.zero_()
         if batch == 0:
             return
-        real = torch.ones(batch, dtype=torch.bool, device=round.logits.device)
-        if round.index is not None:
-            real = round.index[:batch] >= 0
+        real = None if round.index is None else round.index[:batch] >= 0
         projected = None
         if weights.outer is not None:
             assert round.hidden is not None
@@ -122,21 +120,22 @@ class EagerStage:
         if round.confidences is not None and weights.confidence is not None:
             assert round.hidden is not None
             base_confidence = round.hidden.float() @ weights.confidence[0] + weights.confidence[1]
-        previous, state = torch.where(real, round.anchors.long(), 0), None
+        previous, state, peaks = _kept(real, round.anchors.long(), 0), None, []
         for k in range(slots):
             if base_confidence is not None and round.confidences is not None:
                 table = weights.confidence_table
                 logit = base_confidence[:, k] if table is None else base_confidence[:, k] + table[previous]
-                round.confidences[:, k] = torch.where(real, torch.sigmoid(logit), round.confidences[:, k])
+                round.confidences[:, k] = _kept(real, torch.sigmoid(logit), round.confidences[:, k])
             z, state = self._correct(previous, round.logits[:, k], None if projected is None else projected[:, k], state)
-            bad = z.isnan() | (z == torch.inf)
-            self.broken[:batch] |= (real & bad.any(-1)).int()
-            z = z.masked_fill(bad, FLOOR)
+            peaks.append(z.amax(-1))  # NaN and +inf show up in it
+            z = z.nan_to_num(nan=FLOOR, posinf=FLOOR, neginf=-torch.inf)
             excluded = None if self.candidates is None else outside(self.candidates, round.logits[:, k], previous)
             if excluded is not None:
                 z = z.masked_fill(excluded, -torch.inf)
-            previous = torch.where(real, self._next(z, k, round, real), 0)
-            round.tokens[:, k] = torch.where(real, previous, round.tokens[:, k])
+            previous = _kept(real, self._next(z, k, round, real), 0)
+            round.tokens[:, k] = _kept(real, previous, round.tokens[:, k])
+        sound = (torch.stack(peaks) < torch.inf).all(0)
+        self.broken[:batch] = _kept(real, ~sound, False)
         if round.confidences is not None:
             round.confidences.masked_fill_(self.broken[:batch, None] > 0, 0.0)
 
@@ -166,18 +165,18 @@ class EagerStage:
             bias = torch.tanh(bias / weights.soft_cap) * weights.soft_cap
         return base.float() + bias * weights.scale, state
 
-    def _next(self, z: Tensor, k: int, round: Round, real: Tensor) -> Tensor:
+    def _next(self, z: Tensor, k: int, round: Round, real: Tensor | None) -> Tensor:
         """Target ids ``[B]`` of slot ``k``."""
         if round.sampler is not None:
             return round.sampler(z.to(round.logits.dtype), k)
         choice = z.argmax(-1) if round.draws is None else self._draw(z, k, round, round.draws, real)
         return choice if self.weights.target_ids is None else self.weights.target_ids[choice]
 
-    def _draw(self, z: Tensor, k: int, round: Round, draws: Draws, real: Tensor) -> Tensor:
+    def _draw(self, z: Tensor, k: int, round: Round, draws: Draws, real: Tensor | None) -> Tensor:
         """Draft ids ``[B]``; writes the processed logits of slot ``k``."""
         rows = torch.arange(z.shape[0], device=z.device)
-        request = rows if round.index is None else torch.where(real, round.index[: z.shape[0]].long(), 0)
-        temperature = torch.where(real, draws.temperature[request], 0.0)
+        request = rows if round.index is None else _kept(real, round.index[: z.shape[0]].long(), 0)
+        temperature = _kept(real, draws.temperature[request], 0.0)
         hot = temperature >= GREEDY_BELOW
         if draws.processed is not None:
             z = torch.where(hot[:, None], z.to(draws.processed.dtype).float(), z)
@@ -204,6 +203,11 @@ class EagerStage:
             old.copy_(new)
         else:
             processed[:, ids] = new
+
+
+def _kept(real: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
+    """``new`` in real rows, ``old`` in padded ones; None: no row is padding."""
+    return new if real is None else torch.where(real, new, old)
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
