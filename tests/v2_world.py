@@ -36,7 +36,7 @@ class World:
         self.rng = np.random.default_rng(7)
         cost = None if table is None else BatchCostModel(table, 4096, 512)
         options = {name: given.pop(name) for name in ("policy", "fallback", "max_draft_tokens") if name in given}
-        self.policy = AsynchronousPolicy(WIDTH, cost, PolicyOptions(**options, asynchronous=True))
+        self.policy = AsynchronousPolicy(WIDTH, cost, PolicyOptions(**options))
         self.states = SimpleNamespace(req_id_to_index={}, num_computed_tokens_np=np.full(64, CONTEXT))
         speculator = SimpleNamespace(asked=WIDTH, num_query_per_req=WIDTH)
         self.runner = SimpleNamespace(

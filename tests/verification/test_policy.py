@@ -342,14 +342,3 @@ def test_most_rounds_without_drafts_need_no_decision(monkeypatch):
     monkeypatch.setattr(policy, "_decide", lambda plan, decide=policy._decide: decided.append(1) or decide(plan))
     play(policy, 200, 0.3)
     assert len(decided) < 50
-
-
-def test_asynchronous_budget_comes_from_stale_survivals():
-    policy = make(asynchronous=True)
-    play(policy, 30, 0.9)
-    decision = policy.begin_round(RoundInput(("a", "b"), np.full(2, 100)))
-    assert decision.drafting
-    budget = policy.budget()
-    assert policy.budget(np.full((2, 4), 0.9)) > policy.budget(np.full((2, 4), 1e-6)) or budget == 8
-    lengths = policy.lengths(np.array([[0.9] * 4, [0.1] * 4]), budget=3)
-    assert lengths.tolist() == [3, 0]

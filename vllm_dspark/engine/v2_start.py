@@ -68,7 +68,6 @@ def make_rounds(runner: Any, whole: bool) -> Rounds:
         PolicyOptions(
             policy=options.policy,
             min_tokens_per_second_per_request=options.min_tokens_per_second_per_request,
-            asynchronous=True,
         ),
         setup.temperatures(options, speculator.draft_model_config.hf_config, speculator.num_speculative_steps),
     )

@@ -225,40 +225,19 @@ class Policy:
         stale = (self.history.recent if exact else self.history.mean)[slots].astype(np.float32)
         self._floor = plan.floor = scheduler.carry(stale, plan.curve(cost), plan.load.sure_yield, caps, exact)
 
-    def budget(self, stale: Floats | None = None) -> int:
-        """Asynchronous form: drafts to verify this round, from survivals two rounds old or older.
-
-        Args:
-            stale: raw confidences ``(n, γ)`` of the decision's rows from an earlier round; None: what was last handed in.
-        """
-        plan = self._plan
-        if plan is None:
-            raise RuntimeError("begin_round comes first")
-        rows = plan.decision.rows[plan.adaptive]
-        if self.cost is None or rows.size == 0:
-            return 0
-        slots = plan.slots[rows]
-        survival = self.history.recent[slots].astype(np.float32)
-        if stale is not None:
-            logits = logit(np.asarray(stale)[plan.adaptive]) / self.sts.temperatures
-            survival = history.survivals(self.history.conditional(slots, logits))
-        found, _ = scheduler.search(survival, plan.curve(self.cost), plan.load.sure_yield, plan.caps[rows])
-        return found.drafts
-
-    def lengths(self, confidences: NDArray[np.floating] | None, budget: int | None = None) -> Rows:
+    def lengths(self, confidences: NDArray[np.floating] | None) -> Rows:
         """Drafts to verify of each row of the decision, ``(n,)``, in its order.
 
         Args:
             confidences: raw, of this round, ``(n, γ)``; None: the drafter has no confidence head. Whatever comes at or after
                 one that is not within [0, 1] is not verified.
-            budget: asynchronous form (:meth:`budget`, chosen before this round).
         """
         plan = self._plan
         if plan is None:
             raise RuntimeError("begin_round comes first")
         raw = None if confidences is None else np.asarray(confidences, dtype=np.float64)
         try:
-            return self._lengths(plan, raw, budget)
+            return self._lengths(plan, raw)
         except Exception as error:
             self._fail(f"{type(error).__name__}: {error}")
             rows = plan.decision.rows
@@ -266,7 +245,7 @@ class Policy:
             fixed = self._fixed(plan.caps[rows]) if raw is None else np.minimum(self._fixed(plan.caps[rows]), leading(raw))
             return fixed if self.options.fallback == "fixed" else np.where(plan.kinds[rows] == _FIXED, fixed, 0)
 
-    def _lengths(self, plan: Plan, raw: Floats | None, budget: int | None) -> Rows:
+    def _lengths(self, plan: Plan, raw: Floats | None) -> Rows:
         rows = plan.decision.rows
         slots, caps = plan.slots[rows], plan.caps[rows]
         if raw is None:
@@ -279,7 +258,7 @@ class Policy:
             logits = logit(np.where(plan.good[:, None], raw, 0.5)) / self.sts.temperatures
         plan.raw, plan.conditional = raw, self.history.conditional(slots, logits)
         survival = history.survivals(plan.conditional)
-        plan.lengths = lengths = self._allot(plan, survival, caps, budget)
+        plan.lengths = lengths = self._allot(plan, survival, caps)
         plan.expected = (survival * (np.arange(self.width) < (lengths * plan.adaptive)[:, None])).sum(axis=1, dtype=np.float64)
         plan.survivals.append(survival)
         plan.drawn = self.round
@@ -296,17 +275,14 @@ class Policy:
         plan.survivals.clear()
         self.history.drew(slots, survival, plan.drawn, settled=plan.raw is None)
 
-    def _allot(self, plan: Plan, survival: Survival, caps: Rows, budget: int | None) -> Rows:
+    def _allot(self, plan: Plan, survival: Survival, caps: Rows) -> Rows:
         lengths = np.where(plan.adaptive, 0, self._fixed(caps))
         adaptive = plan.adaptive.nonzero()[0]
         if adaptive.size == 0 or self.cost is None:
             return lengths
         caps, survival, seconds = caps[adaptive], survival[adaptive], plan.curve(self.cost)
-        if budget is not None:
-            chosen = scheduler.asynchronous(survival, budget, caps)
-        else:
-            chosen = scheduler.synchronous(survival, seconds, plan.load.sure_yield, caps, *plan.floor)
-        if plan.probe_seconds and budget is None:
+        chosen = scheduler.synchronous(survival, seconds, plan.load.sure_yield, caps, *plan.floor)
+        if plan.probe_seconds:
             least = np.where(plan.decision.probes[adaptive], np.minimum(caps, PROBE_DRAFTS), 0)
             judged = np.maximum(chosen, least)
             extra = seconds[int(judged.sum())] - seconds[int(chosen.sum())]

@@ -25,7 +25,6 @@ class PolicyOptions:
             would keep it too; None: throughput alone counts.
         probe_share: most time spent on probing, as a share of all time. loss_share: most time lost against not speculating.
         margin: largest promised gain that is still distrusted, as a share; the guard asks for less when its error is less.
-        asynchronous: budgets come from stale survivals (see :meth:`Policy.budget`).
         fallback: what an adaptive policy becomes when its numbers turn absurd.
     """
 
@@ -36,7 +35,6 @@ class PolicyOptions:
     probe_share: float = 0.01
     loss_share: float = 0.01
     margin: float = 0.03
-    asynchronous: bool = False
     fallback: Literal["off", "fixed"] = "off"
 
     def __post_init__(self) -> None:
