@@ -32,6 +32,18 @@ def test_figures_and_plot(invoke, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_running_ahead_of_the_device(invoke, tmp_path):
+    for name, arguments in (("ahead", ["--ahead"]), ("not", [])):
+        done = invoke(*SMALL, *arguments, "--json", str(tmp_path / name))
+        assert done.exit_code == 0, done.output
+    ahead, usual = (json.loads((tmp_path / name).read_text()) for name in ("ahead", "not"))
+    assert ahead["ahead"]
+    assert ahead["points"] != usual["points"]
+    for one, other in zip(ahead["points"], usual["points"], strict=True):
+        if one["arm"] != "adaptive":
+            assert one["throughput"] == pytest.approx(other["throughput"], rel=0.02), one["arm"]
+
+
 def test_recorded_trace(invoke, tmp_path):
     path = tmp_path / "trace.json"
     traces.synthetic(4, ["records"], tokens=40, seed=1).save(path)

@@ -83,6 +83,13 @@ def test_never_loses(case):
     check(simulate(trace, world, concurrency=requests, rounds=500, believed=believed, seed=1))
 
 
+@settings(max_examples=30, **SETTINGS)
+@given(worlds(most=48))
+def test_never_loses_running_ahead_of_the_device(case):
+    trace, world, requests, believed = case
+    check(simulate(trace, world, concurrency=requests, rounds=500, believed=believed, seed=1, ahead=True))
+
+
 @pytest.mark.slow
 @seed(7)
 @settings(max_examples=400, **SETTINGS | {"derandomize": False, "database": None})
@@ -92,11 +99,12 @@ def test_never_loses_sweep(case):
     check(simulate(trace, world, concurrency=requests, rounds=500, believed=believed, seed=1))
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("curve", CURVES)
 @pytest.mark.parametrize(("requests", "names"), [(1, ["prose"]), (8, ["code"]), (32, ["records", "prose"])])
-def test_never_loses_on_every_curve(curve, requests, names):
+def test_never_loses_on_every_curve(curve, requests, names, ahead):
     trace = traces.synthetic(64, names, tokens=200, seed=requests)
-    check(simulate(trace, World(table(curve)), concurrency=requests, rounds=500))
+    check(simulate(trace, World(table(curve)), concurrency=requests, rounds=500, ahead=ahead))
 
 
 @pytest.mark.parametrize("start", [7, 8])
@@ -106,10 +114,11 @@ def test_a_hopeless_first_request_does_not_discourage(start):
     check(simulate(trace, World(table("staircase", draft=0.4375), 0.0), concurrency=1, rounds=500, seed=1))
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("curve", ["roofline", "cliff"])
-def test_never_loses_with_512_requests(curve):
+def test_never_loses_with_512_requests(curve, ahead):
     trace = traces.synthetic(512, tokens=200, seed=3)
-    check(simulate(trace, World(table(curve)), concurrency=512, rounds=500))
+    check(simulate(trace, World(table(curve)), concurrency=512, rounds=500, ahead=ahead))
 
 
 @pytest.mark.parametrize("wrong", [(0.7, 1.3), (1.3, 0.7), (1.3, 1.3)])
@@ -138,13 +147,14 @@ def test_never_loses_to_off_when_everything_switches_at_once(period):
     check(simulate(trace, World(table("linear")), concurrency=8, rounds=500))
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("requests", [1, 16])
 @pytest.mark.parametrize("curve", ["flat", "linear", "steep", "cliff"])
-def test_an_adversary_costs_at_most_two_percent(curve, requests):
+def test_an_adversary_costs_at_most_two_percent(curve, requests, ahead):
     """Drafts are worthless whenever the policy drafted in the round before, and excellent whenever it did not."""
     hopeless = {"hopeless": traces.domain(0.03)}
     trace = traces.synthetic(64, ["records"], domains=hopeless, adversary=("hopeless", "records"), seed=5)
-    result = simulate(trace, World(table(curve)), concurrency=requests, rounds=500)
+    result = simulate(trace, World(table(curve)), concurrency=requests, rounds=500, ahead=ahead)
     assert result.regret("off") <= 0.02, result.reasons
     assert result.probing <= 0.01 * result.policy.seconds
 

@@ -30,6 +30,9 @@ def simulate(
     context: Annotated[str, typer.Option(help="least and most context tokens")] = "128,2048",
     drafts: Annotated[str, typer.Option(help="fixed k to compare with, comma-separated")] = "1,3,5,7",
     seed: Annotated[int, typer.Option(help="of the synthetic requests and of all noise")] = 0,
+    ahead: Annotated[
+        bool, typer.Option(help="decide from rounds before the last, as on a GPU whose host runs ahead of it")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="write the Pareto plot there (PNG; needs matplotlib)")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="write all figures there")] = None,
 ) -> None:
@@ -56,10 +59,12 @@ def simulate(
         count = max(requests, 2 * users)
         return recorded or traces.synthetic(count, names, tokens=tokens, context=(low, high), seed=seed)
 
-    results = sweep(load, costs, points, arms, seed, console)
+    results = sweep(load, costs, points, arms, seed, ahead, console)
     console.print(_table(results, costs))
     if output is not None:
-        output.write_text(json.dumps({"table": table, "label": costs.label, "points": results}, indent=1) + "\n")
+        output.write_text(
+            json.dumps({"table": table, "label": costs.label, "ahead": ahead, "points": results}, indent=1) + "\n"
+        )
         console.print(f"figures: {output}")
     if plot is not None:
         pareto(results, costs.label, plot)
@@ -72,6 +77,7 @@ def sweep(
     points: list[int],
     arms: dict[str, PolicyOptions],
     seed: int,
+    ahead: bool,
     console: Console,
 ) -> list[dict[str, Any]]:
     """One summary per concurrency and arm; ``load(concurrency)`` gives the workload."""
@@ -82,7 +88,7 @@ def sweep(
             trace = load(users)
             for name, options in arms.items():
                 priced = name == "adaptive"
-                found = run(trace, World(table), options, users, seed=seed, counterfactual=priced).summary()
+                found = run(trace, World(table), options, users, seed=seed, counterfactual=priced, ahead=ahead).summary()
                 results.append({"concurrency": users, "arm": name, **found})
                 progress.advance(task)
     return results

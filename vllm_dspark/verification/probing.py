@@ -31,7 +31,7 @@ def price(cost: CostModel, load: Load, already: int, context: float) -> Callable
     def seconds(count: int) -> float:
         drafts = cost.drafting(already + count, count * context) - cost.drafting(already, 0.0)
         drafting = max(float(drafts) - upkeep, 0.0)
-        judging = float(target[min(count * PROBE_DRAFTS, room)] - target[0])
+        judging = max(float(target[min(count * PROBE_DRAFTS, room)] - target[0]), 0.0)
         return drafting + (judging if judging <= drafting else 0.0)
 
     return seconds

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_dspark.verification import scheduler
+from vllm_dspark.verification import history, scheduler
+from vllm_dspark.verification.asynchronous import AsynchronousPolicy, BatchCostModel, Flight, Step
 from vllm_dspark.verification.cost import CostModel, CostTable, StepTiming
 from vllm_dspark.verification.policy import Policy
 from vllm_dspark.verification.records import DraftDecision, Outcomes, PolicyOptions, RoundInput
@@ -151,15 +152,20 @@ def simulate(
     believed: CostTable | None = None,
     seed: int = 0,
     counterfactual: bool = True,
+    ahead: bool = False,
 ) -> Result:
     """Serve the trace with at most ``concurrency`` requests at a time.
 
     Args:
         rounds: stop after so many; requests are then repeated for as long as it takes. None: until all are served.
         believed: the cost table the policy starts from; None: the true one. counterfactual: also price the other arms.
+        ahead: the engine runs ahead of its device, see :mod:`vllm_dspark.verification.asynchronous`.
     """
-    limit = concurrency * (trace.width + 1)
-    policy = Policy(trace.width, CostModel(believed or world.table, limit, concurrency), options)
+    limit, table = concurrency * (trace.width + 1), believed or world.table
+    if ahead:
+        flying = AsynchronousPolicy(trace.width, BatchCostModel(table, limit, concurrency), options)
+        return _Ahead(trace, world, flying, concurrency, rounds, seed, counterfactual).run()
+    policy = Policy(trace.width, CostModel(table, limit, concurrency), options)
     return _Run(trace, world, policy, concurrency, rounds, seed, counterfactual).run()
 
 
@@ -213,17 +219,17 @@ class _Run:
         survival: Floats = np.cumprod(acceptance, axis=1, dtype=np.float64)
         lengths = np.zeros(len(active.names), dtype=np.int64)
         if decision.drafting:
-            lengths[decision.rows] = self.policy.lengths(confidences[decision.rows])
+            lengths[decision.rows] = self._lengths(confidences[decision.rows])
             for length, count in zip(*np.unique(lengths[decision.rows], return_counts=True), strict=True):
                 result.lengths[int(length)] += int(count)
         accepted = np.minimum(would, lengths)
-        timing = self._time(lengths, decision)
+        timing = self._time(lengths, self._forward(decision))
         taken = survival[np.arange(self.trace.width) < lengths[:, None]]
         seconds = timing.target_seconds + timing.draft_seconds
         result.policy.add(lengths.size + float(taken.sum()), seconds)
         if self.counterfactual:
             self._other_arms(survival)
-        self._learn(decision, lengths, accepted, timing)
+        self._learn(decision, confidences, lengths, accepted, timing)
         self.now += seconds
         result.rounds += 1
         result.emitted += int(accepted.sum()) + lengths.size
@@ -232,10 +238,17 @@ class _Run:
         result.accepted += int(accepted.sum())
         self._advance(accepted)
 
-    def _time(self, lengths: NDArray[np.int64], decision: DraftDecision) -> StepTiming:
-        """The true times of a round."""
+    def _lengths(self, confidences: Floats) -> NDArray[np.int64]:
+        """Drafts to verify of the rows that drafted."""
+        return self.policy.lengths(confidences)
+
+    def _forward(self, decision: DraftDecision) -> NDArray[np.int64]:
+        """Rows in the block forward."""
+        return decision.rows
+
+    def _time(self, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> StepTiming:
+        """The true times of a round with these rows in the block forward."""
         contexts = self.active.contexts
-        rows = decision.rows
         shape = StepTiming(
             int(lengths.size + lengths.sum()), lengths.size, float(contexts.sum()), 1.0,
             float((contexts * (1 + lengths)).sum()), int(rows.size), float(contexts[rows].sum()),
@@ -246,18 +259,21 @@ class _Run:
         )
 
     def _learn(
-        self, decision: DraftDecision, lengths: NDArray[np.int64], accepted: NDArray[np.int64], timing: StepTiming
-    ) -> None:
+        self, decision: DraftDecision, confidences: Floats, lengths: NDArray[np.int64], accepted: NDArray[np.int64],
+        timing: StepTiming,
+    ) -> None:  # fmt: skip
         rows = decision.rows
         self.policy.observe(Outcomes([self.active.names[row] for row in rows], lengths[rows], accepted[rows]))
+        self.policy.observe_step(self._measured(timing))
+
+    def _measured(self, timing: StepTiming) -> StepTiming:
         target, draft = np.exp(self.world.noise * self.rng.standard_normal(2))
         if self.rng.random() < self.world.stalls:
             target *= 20.0
-        measured = StepTiming(
+        return StepTiming(
             timing.tokens, timing.requests, timing.context, timing.target_seconds * float(target), timing.token_context,
             timing.drafted, timing.draft_context, timing.draft_seconds * float(draft),
         )  # fmt: skip
-        self.policy.observe_step(measured)
 
     def _other_arms(self, survival: Floats) -> None:
         """Price the same round as every other arm would have run it."""
@@ -290,3 +306,37 @@ class _Run:
             spent = self.now - active.started[done]
             self.result.speeds.extend((active.produced[done] / np.maximum(spent, 1e-12)).tolist())
             self.policy.finish(active.leave(done))
+
+
+class _Ahead(_Run):
+    """Confidences are known one round later, verdicts two; the block forward runs for the whole batch.
+
+    The budget is spent on the drafts that the round is surest of, as the device spends it.
+    """
+
+    policy: AsynchronousPolicy
+    _flight: Flight
+    _verdict: tuple[Flight, NDArray[np.int64], NDArray[np.int64]] | None = None
+
+    def _forward(self, decision: DraftDecision) -> NDArray[np.int64]:
+        return np.arange(len(self.active.names) if decision.drafting else 0)
+
+    def _lengths(self, confidences: Floats) -> NDArray[np.int64]:
+        self._flight = self.policy.depart()
+        step = Step(len(self.active.names), len(self.active.names), float(self.active.contexts.sum()))
+        limits = np.full(self._flight.slots.size, self.trace.width)
+        allotment = self.policy.allot(self._flight, step, limits, ranked_later=True)
+        return scheduler.asynchronous(history.survivals(confidences), allotment.budget, allotment.caps)
+
+    def _learn(
+        self, decision: DraftDecision, confidences: Floats, lengths: NDArray[np.int64], accepted: NDArray[np.int64],
+        timing: StepTiming,
+    ) -> None:  # fmt: skip
+        if not decision.drafting:
+            self._flight = self.policy.depart()
+        if self._verdict is not None:
+            self.policy.judged(*self._verdict)
+        rows = decision.rows
+        self.policy.drew(self._flight, confidences[rows])
+        self._verdict = self._flight, lengths[rows], accepted[rows]
+        self.policy.timed(self._measured(timing))
