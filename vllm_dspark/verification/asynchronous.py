@@ -48,6 +48,7 @@ class Flight:
 
     Attributes:
         requests: ids. rows: their places in the round. slots, caps, adaptive, probes: as in the plan.
+        tenancies: of the slots, see :class:`Registry`.
         contexts: tokens of context. number: of the round. reason: of the decision.
         off_seconds, draft_seconds, probe_seconds, time_limit: see :class:`Plan`. seconds: predicted once it is allotted.
         sure_yield: tokens expected of the step without its drafts.
@@ -57,6 +58,7 @@ class Flight:
     requests: Sequence[str]
     rows: Rows
     slots: Rows
+    tenancies: Rows
     caps: Rows
     adaptive: NDArray[np.bool_]
     probes: NDArray[np.bool_]
@@ -116,7 +118,8 @@ class AsynchronousPolicy(Policy):
             raise RuntimeError("begin_round comes first")
         rows = plan.decision.rows
         return Flight(
-            [plan.requests[row] for row in rows.tolist()], rows, plan.slots[rows], plan.caps[rows], plan.adaptive,
+            [plan.requests[row] for row in rows.tolist()], rows, plan.slots[rows],
+            self.requests.tenancies[plan.slots[rows]], plan.caps[rows], plan.adaptive,
             plan.decision.probes, plan.contexts[rows], self.round, plan.decision.reason, plan.off_seconds,
             plan.draft_seconds, plan.probe_seconds, plan.time_limit, plan.load.sure_yield, seconds=plan.off_seconds,
         )  # fmt: skip
@@ -143,7 +146,7 @@ class AsynchronousPolicy(Policy):
 
     def _held(self, flight: Flight) -> NDArray[np.bool_]:
         """Which of the flight's requests still have their slots, ``(n,)``."""
-        return self.requests.hold(flight.requests, flight.slots)
+        return np.asarray(self.requests.tenancies[flight.slots] == flight.tenancies)
 
     def allot(self, flight: Flight, step: Step, limits: Rows, ranked_later: bool, whole: bool = False) -> Allotment:
         """How much of the flight is verified. Never raises: trouble makes it the fallback.
@@ -233,4 +236,4 @@ class AsynchronousPolicy(Policy):
 def nobody(number: int, reason: str) -> Flight:
     """A flight without drafts."""
     none = np.zeros(0, dtype=bool)
-    return Flight([], NOBODY, NOBODY, NOBODY, none, none, np.zeros(0), number, reason, 0.0, 0.0, 0.0, np.inf, 0.0)
+    return Flight([], NOBODY, NOBODY, NOBODY, NOBODY, none, none, np.zeros(0), number, reason, 0.0, 0.0, 0.0, np.inf, 0.0)

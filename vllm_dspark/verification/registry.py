@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vllm_dspark.verification.records import KINDS, Kind, Rows
 
@@ -35,6 +34,7 @@ class Registry:
 
     Attributes:
         special: how many have limits or a policy of their own.
+        tenancies: how many requests have left each slot, ``(slots,)``; a slot whose number has changed is another's.
     """
 
     def __init__(self) -> None:
@@ -42,6 +42,7 @@ class Registry:
         self._free: list[int] = []
         self._used = 0
         self.special = 0
+        self.tenancies = np.zeros(64, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -63,6 +64,8 @@ class Registry:
             return None
         slot = self._free.pop() if self._free else self._used
         self._used = max(self._used, slot + 1)
+        if slot >= self.tenancies.size:
+            self.tenancies = np.concatenate([self.tenancies, np.zeros_like(self.tenancies)])
         self.special += cap is not None or kind is not None
         self._requests[name] = Request(slot, cap, kind, now)
         return slot
@@ -74,16 +77,11 @@ class Registry:
             if gone is not None:
                 self.special -= gone.special
                 self._free.append(gone.slot)
+                self.tenancies[gone.slot] += 1
 
     def unknown(self, names: Iterable[str]) -> list[str]:
         """Those of them that nobody announced."""
         return [name for name in names if name not in self._requests]
-
-    def hold(self, names: Sequence[str], slots: Rows) -> NDArray[np.bool_]:
-        """Whether these requests are known and still have these slots, ``(n,)``."""
-        found = (self._requests.get(name) for name in names)
-        same = (known is not None and known.slot == slot for known, slot in zip(found, slots.tolist(), strict=True))
-        return np.fromiter(same, dtype=bool, count=len(names))
 
     def rows(self, names: Sequence[str], now: int, most: int) -> tuple[Rows, Rows, list[Kind | None] | None]:
         """Slots, most drafts and policies of these requests, all known, which take part in this round.
