@@ -116,16 +116,9 @@ class EagerStage:
         if weights.outer is not None:
             assert round.hidden is not None
             projected = F.linear(round.hidden.float(), weights.outer.float(), _float(weights.outer_bias))
-        base_confidence = None
-        if round.confidences is not None and weights.confidence is not None:
-            assert round.hidden is not None
-            base_confidence = round.hidden.float() @ weights.confidence[0] + weights.confidence[1]
-        previous, state, peaks = _kept(real, round.anchors.long(), 0), None, []
+        previous, state, before, peaks = _kept(real, round.anchors.long(), 0), None, [], []
         for k in range(slots):
-            if base_confidence is not None and round.confidences is not None:
-                table = weights.confidence_table
-                logit = base_confidence[:, k] if table is None else base_confidence[:, k] + table[previous]
-                round.confidences[:, k] = _kept(real, torch.sigmoid(logit), round.confidences[:, k])
+            before.append(previous)
             z, state = self._correct(previous, round.logits[:, k], None if projected is None else projected[:, k], state)
             peaks.append(z.amax(-1))  # NaN and +inf show up in it
             z = z.nan_to_num(nan=FLOOR, posinf=FLOOR, neginf=-torch.inf)
@@ -136,8 +129,13 @@ class EagerStage:
             round.tokens[:, k] = _kept(real, previous, round.tokens[:, k])
         sound = (torch.stack(peaks) < torch.inf).all(0)
         self.broken[:batch] = _kept(real, ~sound, False)
-        if round.confidences is not None:
-            round.confidences.masked_fill_(self.broken[:batch, None] > 0, 0.0)
+        if round.confidences is not None and weights.confidence is not None:
+            assert round.hidden is not None
+            logits = round.hidden.float() @ weights.confidence[0] + weights.confidence[1]
+            if weights.confidence_table is not None:
+                logits = logits + weights.confidence_table[torch.stack(before, 1)]
+            sure = torch.sigmoid(logits).masked_fill(~sound[:, None], 0.0)
+            round.confidences.copy_(sure if real is None else torch.where(real[:, None], sure, round.confidences))
 
     def _corrected(
         self, previous: Tensor, base: Tensor, projected: Tensor | None, state: Tensor | None
@@ -163,7 +161,7 @@ class EagerStage:
         bias = F.linear(code.to(self.w2.dtype), self.w2).float()
         if weights.soft_cap:
             bias = torch.tanh(bias / weights.soft_cap) * weights.soft_cap
-        return base.float() + bias * weights.scale, state
+        return base.float() + (bias if weights.scale == 1.0 else bias * weights.scale), state
 
     def _next(self, z: Tensor, k: int, round: Round, real: Tensor | None) -> Tensor:
         """Target ids ``[B]`` of slot ``k``."""
