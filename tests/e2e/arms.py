@@ -64,7 +64,8 @@ def watch_v2(notebook: Notebook) -> None:
         elif not kwargs.get("dummy_run"):
             anchors = self.input_buffers.input_ids[self._anchor_idx[: len(drafts)]]
             head = getattr(self.model, "confidence_head", None)
-            notebook.write(anchors, drafts, None if head is None else self.draft_token_confidence_probs[: len(drafts)])
+            shown = drafts[:, : getattr(self, "asked", None)]  # ours hands on the first k of a block
+            notebook.write(anchors, shown, None if head is None else self.draft_token_confidence_probs[: len(drafts)])
         return drafts
 
     DFlashSpeculator.propose = watched

@@ -16,22 +16,25 @@ pytestmark = pytest.mark.e2e
 ENTRANCE = "vllm.engine.arg_utils.EngineArgs.create_speculative_config"  # reads the method, so it has to stand before
 
 PROGRAM = """
-import json, os, sys
+import inspect, json, os, sys
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 from vllm_dspark.engine import hooks
 from vllm_dspark.plugin import register
 
 given = json.loads(sys.argv[1])
-before = {hook.name: hooks.resolve(hook)[2] for hook in hooks.HOOKS}
+before = {hook.name: hooks.resolve(hook) for hook in hooks.HOOKS}
 register()
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
 touched, methods = {}, {}
 
+def stands(owner, name):
+    return inspect.getattr_static(owner, name) if inspect.isclass(owner) else getattr(owner, name)
+
 def look(name):
-    touched[name] = sorted(hook.name for hook in hooks.HOOKS if hooks.resolve(hook)[2] != before[hook.name])
+    touched[name] = sorted(hook for hook, (owner, symbol, found) in before.items() if stands(owner, symbol) != found)
 
 for name, options in given["configured"].items():
     config = EngineArgs(**options).create_engine_config()
@@ -74,13 +77,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     eagle = write(folder / "eagle", LlamaConfig(**sizes, num_hidden_layers=1), "LlamaForCausalLM")
     eagle3 = write(folder / "eagle3", LlamaConfig(**sizes, num_hidden_layers=1), "LlamaForCausalLMEagle3")
     mtp = write(folder / "mtp", Qwen3NextConfig(**sizes, num_hidden_layers=4, head_dim=32), "Qwen3NextForCausalLM")
+    draft = folder / "draft"  # whatever has "dspark" in its path is a DSpark drafter to vLLM
+    draft.symlink_to(target)
     ngram = options(target, method="ngram", prompt_lookup_max=2)
     configured = {
         "none": options(target),
         "eagle": options(target, method="eagle", model=str(eagle)),
         "eagle3": options(target, method="eagle3", model=str(eagle3)),
         "mtp": {**options(mtp, method="mtp"), "skip_tokenizer_init": True},
-        "draft_model": options(target, method="draft_model", model=str(target)),
+        "draft_model": options(target, method="draft_model", model=str(draft)),
     }
     return looked_at(configured, {"ngram": ngram})
 

@@ -148,7 +148,10 @@ def v1(folder: Path, random_arms: dict[str, Arm]) -> Results:
 
 @pytest.fixture(scope="module")
 def native(folder: Path) -> Results:
-    return run(folder, True, {"vanilla": PAIR_ARMS["vanilla"], "sampled": SAMPLED}, plugin=False)
+    arms = json.loads(json.dumps({"vanilla": PAIR_ARMS["vanilla"], "sampled": SAMPLED}))
+    for each in arms.values():
+        del each["options"]["speculative_config"]["dspark"]  # which vLLM does not know
+    return run(folder, True, arms, plugin=False)
 
 
 PLAIN = {"rank 0": "plain qwen3", "fill-in": "plain qwen3", "gemma4": "plain gemma4"}
@@ -168,15 +171,21 @@ def test_greedy_output_is_that_without_speculation(v2: Results, name: str) -> No
 
 @pytest.mark.parametrize("name", EVERY)
 def test_v2_drafts_what_v1_drafts(v1: Results, v2: Results, name: str) -> None:
-    """Token for token, position by position; and as sure of it."""
+    """Token for token, and as sure of it. V1 knows when a request will end, V2 learns of it up to two rounds later."""
     one, two = v1[name][0], v2[name][0]
-    assert two["accepted_at"] == one["accepted_at"]
-    assert two["drafts"] == one["drafts"]
-    k = len(two["accepted_at"])
-    assert blocks(two) == Counter((anchor, *tokens[:k]) for anchor, tokens, _ in one["blocks"])
+    k, requests = len(two["accepted_at"]), len(two["token_ids"])
     sure = {(anchor, *tokens[:k]): confidences[:k] for anchor, tokens, confidences in one["blocks"]}
-    same = [confidences == pytest.approx(sure[(anchor, *tokens)], abs=1e-4) for anchor, tokens, confidences in two["blocks"]]
-    assert sum(same) > 0.9 * len(same)  # one anchor may draft the same tokens at several places, each as sure as it is
+    shorter = Counter((anchor, *tokens[:k]) for anchor, tokens, _ in one["blocks"])
+    assert shorter <= blocks(two)
+    assert (blocks(two) - shorter).total() <= 2 * requests
+    for fewer, more in zip([one["drafts"], *one["accepted_at"]], [two["drafts"], *two["accepted_at"]], strict=True):
+        assert fewer <= more <= fewer + requests
+    same = [
+        confidences == pytest.approx(sure[anchor, *tokens], abs=1e-4)
+        for anchor, tokens, confidences in two["blocks"]
+        if (anchor, *tokens) in sure
+    ]
+    assert sum(same) > 0.9 * len(same) > 20  # one anchor may draft the same tokens at several places, each as sure as it is
 
 
 @pytest.mark.parametrize("name", [*EVERY, "sampled"])

@@ -43,11 +43,11 @@ class Profiler:
             ValueError: there was not time for one shape.
         """
         with gpu_sync_allowed():
+            once, per_token = self._upkeep()
             for tokens, context, uniform in self._shapes():
                 if self.agree(time.perf_counter() > deadline):
                     break
                 self._shape(tokens, context, uniform)
-            once, per_token = self._upkeep()
         captured = max(self._captured(self.runner.cudagraph_manager), default=0)
         drafting = max(self._captured(self.speculator.query_cudagraph_manager), default=0)
         return profile.fit(
