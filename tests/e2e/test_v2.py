@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -174,18 +174,17 @@ def test_v2_drafts_what_v1_drafts(v1: Results, v2: Results, name: str) -> None:
     """Token for token, and as sure of it. V1 knows when a request will end, V2 learns of it up to two rounds later."""
     one, two = v1[name][0], v2[name][0]
     k, requests = len(two["accepted_at"]), len(two["token_ids"])
-    sure = {(anchor, *tokens[:k]): confidences[:k] for anchor, tokens, confidences in one["blocks"]}
+    sure = defaultdict(list)
+    for anchor, tokens, confidences in one["blocks"]:
+        sure[anchor, *tokens[:k]].append(confidences[:k])
     shorter = Counter((anchor, *tokens[:k]) for anchor, tokens, _ in one["blocks"])
     assert shorter <= blocks(two)
     assert (blocks(two) - shorter).total() <= 2 * requests
     for fewer, more in zip([one["drafts"], *one["accepted_at"]], [two["drafts"], *two["accepted_at"]], strict=True):
         assert fewer <= more <= fewer + requests
-    same = [
-        confidences == pytest.approx(sure[anchor, *tokens], abs=1e-4)
-        for anchor, tokens, confidences in two["blocks"]
-        if (anchor, *tokens) in sure
-    ]
-    assert sum(same) > 0.9 * len(same) > 20  # one anchor may draft the same tokens at several places, each as sure as it is
+    for anchor, tokens, confidences in two["blocks"]:
+        places = sure.get((anchor, *tokens))  # the same block may have been drafted at several, each as sure as it is
+        assert places is None or any(confidences == pytest.approx(place, abs=1e-4) for place in places)
 
 
 @pytest.mark.parametrize("name", [*EVERY, "sampled"])
@@ -246,7 +245,7 @@ def test_the_engine_in_a_process_of_its_own(v2: Results) -> None:
     assert found.token_ids == v2["rnn"][0]["token_ids"]
     assert list(found.accepted_at) == v2["rnn"][0]["accepted_at"]
     (line,) = [line for line in log.splitlines() if "DSpark on the V2 runner: rnn head" in line]
-    assert "EngineCore" in line
+    assert "SpawnProcess" not in line  # where the engine would be without a process of its own
 
 
 def test_the_reduced_vocabulary_and_the_shorter_block_are_drafted(v2: Results) -> None:

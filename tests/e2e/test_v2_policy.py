@@ -60,7 +60,7 @@ def test_step_times_are_measured_and_kept(folder: Path, results: Results, log: s
 
 
 def test_the_form_of_verification_is_said_before_weights_load(log: str) -> None:
-    said, loaded = log.index("drafts to verify are chosen per request"), log.rindex("sequential stage in torch")
+    said, loaded = log.index("drafts to verify are chosen per request"), log.rindex("sequential stage: eager torch")
     assert said < loaded
 
 
