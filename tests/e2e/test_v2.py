@@ -179,12 +179,15 @@ def test_v2_drafts_what_v1_drafts(v1: Results, v2: Results, name: str) -> None:
         sure[anchor, *tokens[:k]].append(confidences[:k])
     shorter = Counter((anchor, *tokens[:k]) for anchor, tokens, _ in one["blocks"])
     assert shorter <= blocks(two)
-    assert (blocks(two) - shorter).total() <= 2 * requests
+    beyond = (blocks(two) - shorter).total()
+    assert beyond <= 2 * requests
     for fewer, more in zip([one["drafts"], *one["accepted_at"]], [two["drafts"], *two["accepted_at"]], strict=True):
         assert fewer <= more <= fewer + requests
+    unlike = 0  # the same block may be drafted at several places, each as sure as it is
     for anchor, tokens, confidences in two["blocks"]:
-        places = sure.get((anchor, *tokens))  # the same block may have been drafted at several, each as sure as it is
-        assert places is None or any(confidences == pytest.approx(place, abs=1e-4) for place in places)
+        places = sure.get((anchor, *tokens))
+        unlike += places is not None and not any(confidences == pytest.approx(place, abs=1e-4) for place in places)
+    assert unlike <= beyond
 
 
 @pytest.mark.parametrize("name", [*EVERY, "sampled"])
