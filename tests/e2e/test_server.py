@@ -83,7 +83,7 @@ def test_the_offline_example_prints_text_and_an_accepted_length() -> None:
 
 def test_the_demo_compares_both_arms() -> None:
     command = [Path(sys.executable).with_name("vllm-dspark"), "demo", "--json", "--domain", "records", "--head", "rnn",
-               "--prompts", "2", "--rounds", "1"]  # fmt: skip
+               "--policy", "fixed", "--prompts", "2", "--rounds", "1"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (row,) = json.loads(done.stdout)["rows"]

@@ -36,6 +36,13 @@ class Domain(StrEnum):
     PROSE = "prose"
 
 
+class Policy(StrEnum):
+    """What decides how much is drafted and verified."""
+
+    ADAPTIVE = "adaptive"
+    FIXED = "fixed"
+
+
 @dataclass(frozen=True)
 class Row:
     """What the demo measured for one domain; speeds are tokens per second, medians over the rounds."""
@@ -55,6 +62,7 @@ def demo(
     domain: Annotated[list[Domain] | None, typer.Option(help="Domain to run; repeat for several. Default: all.")] = None,
     tokens: Annotated[int, typer.Option(min=1, max=512, help="Tokens to generate for each prompt.")] = 96,
     prompts: Annotated[int, typer.Option(min=1, max=48, help="Prompts of each domain, one after the other.")] = 4,
+    policy: Annotated[Policy, typer.Option(help="Whether drafting has to pay, or is always done.")] = Policy.ADAPTIVE,
     rounds: Annotated[int, typer.Option(min=1, help="Times each arm runs every prompt; the arms alternate.")] = 3,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
@@ -64,7 +72,7 @@ def demo(
         console.print("vLLM is not installed here. Install it first: pip install 'vllm-dspark[cpu]' (or [cuda]).")
         raise typer.Exit(1)
     began = time.monotonic()
-    rows = measure(head, domain or list(pair.DOMAINS), prompts, tokens, rounds, console)
+    rows = measure(head, policy, domain or list(pair.DOMAINS), prompts, tokens, rounds, console)
     seconds = time.monotonic() - began
     if json_output:
         print(json.dumps({"head": head, "tokens": tokens, "seconds": seconds, "rows": [asdict(row) for row in rows]}))
@@ -74,11 +82,14 @@ def demo(
         raise typer.Exit(2)
 
 
-def measure(head: str, domains: Iterable[str], prompts: int, tokens: int, rounds: int, console: Console) -> list[Row]:
+def measure(
+    head: str, policy: str, domains: Iterable[str], prompts: int, tokens: int, rounds: int, console: Console
+) -> list[Row]:
     """Start both engines, warm them up, and run the arms in turn on every domain."""
     # float32: in bfloat16 two logits are often equal, and which one wins changes with the number of tokens in a step.
     common: dict[str, Any] = {"model": str(pair.TARGET), "max_model_len": 1024, "enforce_eager": True, "dtype": "float32"}
-    speculative = {"method": "dspark", "model": str(pair.drafter(head)), "num_speculative_tokens": 7}
+    speculative = {"method": "dspark", "model": str(pair.drafter(head)), "num_speculative_tokens": 7,
+                   "dspark": {"policy": str(policy)}}  # fmt: skip
     bar = Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
     )
