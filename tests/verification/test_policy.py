@@ -55,6 +55,27 @@ def test_drafts_nothing_where_verifying_costs_more_than_it_brings():
     assert policy.explain()["probing_share"] <= 0.01
 
 
+def test_rests_where_it_would_decide_the_same_again():
+    """Resting rounds are counted like all others, end by themselves, and are not for other requests or while drafting."""
+    policy, names = make(STEEP), tuple("abcdefgh")
+    play(policy, 300, 0.5, names=names)
+    rested, before, elapsed = 0, policy.round, policy.ledger.elapsed
+    for _ in range(200):
+        if policy.rest(names):
+            assert not policy.rest(tuple("xyz"))
+            rested += 1
+        else:
+            play(policy, 1, 0.5, names=names)
+    assert policy.round == before + 200
+    assert 100 < rested < 195
+    assert policy.ledger.elapsed - elapsed == pytest.approx(200 * policy.ledger.typical_round, rel=0.1)
+    policy.add("a", policy="fixed")
+    assert not policy.rest(names)
+    drafting = make()
+    play(drafting, 60, 0.9)
+    assert not drafting.rest(("a", "b"))
+
+
 def test_turns_off_when_acceptance_falls_and_on_when_it_returns():
     policy = make(CostTable((1, 4096), (0.010, 0.5), (1, 512), (0.004, 0.0041)))
     on = play(policy, 60, 0.9)

@@ -65,6 +65,9 @@ class Rounds:
                 prefill goes on. contexts: tokens of context, ``(R,)``. k: most drafts of any request.
         """
         names = list(self.runner.input_batch.req_ids[: len(sampled)])
+        if self._verified is None and names == self._batch and self.policy.rest(names):
+            self._drafted = 0
+            return NOBODY
         total = float(contexts.sum())
         self._learn(now, names, sampled, contexts, total)
         if names != self._batch:

@@ -114,7 +114,7 @@ class DSparkProposer(DFlashProposer):
         num_rejected_tokens_gpu: Tensor | None = None,
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """Drafts of every request in the batch, ``[]`` for those that do not draft; lengths up to k.
+        """Drafts of every request in the batch, ``[]`` for those that do not draft, lengths up to k; ``[]`` if nobody does.
 
         Args:
             num_speculative_tokens: k. target_positions: ``[T]``, of the T tokens that were kept.
@@ -126,21 +126,21 @@ class DSparkProposer(DFlashProposer):
         self._last_draft_probs = None
         tokens = target_positions.shape[0]
         self.context.add(target_hidden_states, target_positions, metadata.slot_mapping[:tokens])
-        drafts: list[list[int]] = [[] for _ in range(metadata.num_reqs)]
         starts = self._context_lengths(metadata)
         rows = self.rounds.begin(began, self._sampled, starts, num_speculative_tokens)
-        if rows.size:
-            late = self._catch_up(tokens)
-            anchors = torch.tensor([self._sampled[row][-1] for row in rows.tolist()], dtype=torch.int32, device=self.device)
-            block = self._draft(rows, starts[rows], anchors, metadata, sampling_metadata)
-            if block is not None:
-                confidences = None if block.confidences is None else block.confidences.float().cpu().numpy()
-                lengths = self.rounds.lengths(confidences)
-                self._hand_over(drafts, block, rows, lengths)
-            ended = time.perf_counter()
-            self.rounds.end(ended, ended - began - late)
-        else:
+        if rows.size == 0:
             self.rounds.end(time.perf_counter(), 0.0)
+            return []
+        drafts: list[list[int]] = [[] for _ in range(metadata.num_reqs)]
+        late = self._catch_up(tokens)
+        anchors = torch.tensor([self._sampled[row][-1] for row in rows.tolist()], dtype=torch.int32, device=self.device)
+        block = self._draft(rows, starts[rows], anchors, metadata, sampling_metadata)
+        if block is not None:
+            confidences = None if block.confidences is None else block.confidences.float().cpu().numpy()
+            lengths = self.rounds.lengths(confidences)
+            self._hand_over(drafts, block, rows, lengths)
+        ended = time.perf_counter()
+        self.rounds.end(ended, ended - began - late)
         return drafts
 
     def write_context(self, states: Tensor, positions: Tensor, slots: Tensor) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from vllm_dspark.verification.records import DraftDecision, RoundInput, Rows
 
-_IDLE, _DRAFTING = 8, 6  # rounds for which a decision not to draft, and one to draft, stands at most
+_IDLE, _DRAFTING = 16, 6  # rounds for which a decision not to draft, and one to draft, stands at most
 _CROWD = 0.25  # change of the number of requests, as a share, that ends a decision not to draft
 _ONCE = ("measuring no drafting", "probing")
 
@@ -44,6 +44,13 @@ class Standing:
             self._requests = inputs.requests[:]  # the caller may go on with the same list
             self._limits = None if inputs.limits is None else np.array(inputs.limits)
             self._other_tokens, self._anyone = inputs.other_tokens, anyone
+
+    def rests(self, requests: Sequence[str], now: int) -> bool:
+        """Whether the last decision, if it was not to draft, answers round ``now`` of these requests as well.
+
+        Nothing else is looked at: while requests go on decoding, the drafts they have room for only become fewer.
+        """
+        return now <= self._until and not self._rows.size and (self._anyone or requests == self._requests)
 
     def stands(self, inputs: RoundInput, now: int) -> bool:
         """Whether the last decision answers this round as well."""
