@@ -43,20 +43,19 @@ class Rounds:
         return np.asarray(self.accepted > position)
 
 
-def ece(predicted: Floats, happened: NDArray[np.bool_], weights: Floats | None = None, bins: int = BINS) -> float:
+def ece(predicted: Floats, happened: NDArray[np.bool_], bins: int = BINS) -> float:
     """Expected calibration error: |mean prediction - frequency| over equal-width bins, weighted by count; NaN if empty."""
     if predicted.size == 0:
         return float("nan")
-    return float(_eces(predicted[None, :], happened, weights, bins)[0])
+    return float(_eces(predicted[None, :], happened, bins)[0])
 
 
-def _eces(predicted: Floats, happened: NDArray[np.bool_], weights: Floats | None, bins: int = BINS) -> Floats:
+def _eces(predicted: Floats, happened: NDArray[np.bool_], bins: int = BINS) -> Floats:
     """:func:`ece` of each row of ``(m, n)`` predictions."""
     rows = predicted.shape[0]
-    weight = np.ones(happened.size) if weights is None else weights
     index = np.minimum((predicted * bins).astype(np.int64), bins - 1) + bins * np.arange(rows)[:, None]
-    gaps = np.bincount(index.ravel(), (weight * (predicted - happened)).ravel(), minlength=rows * bins)
-    return np.asarray(np.abs(gaps).reshape(rows, bins).sum(axis=1) / weight.sum())
+    gaps = np.bincount(index.ravel(), (predicted - happened).ravel(), minlength=rows * bins)
+    return np.asarray(np.abs(gaps).reshape(rows, bins).sum(axis=1) / happened.size)
 
 
 def auroc(predicted: Floats, happened: NDArray[np.bool_]) -> float:
@@ -86,17 +85,21 @@ class Quality:
 
 
 def quality(rounds: Rounds, temperatures: Sequence[float] | Floats) -> list[Quality]:
-    """Figures per position, censored rounds left out."""
-    a = survival(rounds.confidences, np.asarray(temperatures))
-    figures = []
-    for k in range(a.shape[1]):
+    """Figures per position of confidences under these temperatures, censored rounds left out."""
+    return figures(survival(rounds.confidences, np.asarray(temperatures)), rounds)
+
+
+def figures(predicted: Floats, rounds: Rounds) -> list[Quality]:
+    """Figures per position of predicted survivals ``(n, γ)``, censored rounds left out."""
+    found = []
+    for k in range(predicted.shape[1]):
         judged = rounds.judged(k)
-        p, y = a[judged, k], rounds.survived(k)[judged]
-        figures.append(Quality(int(p.size), ece(p, y), auroc(p, y), brier(p, y)))
-    return figures
+        p, y = predicted[judged, k], rounds.survived(k)[judged]
+        found.append(Quality(int(p.size), ece(p, y), auroc(p, y), brier(p, y)))
+    return found
 
 
-def fit(rounds: Rounds, weights: Floats | None = None, grid: Floats = GRID, least: int = 50) -> Floats:
+def fit(rounds: Rounds, grid: Floats = GRID, least: int = 50) -> Floats:
     """Offline STS: temperatures ``(γ,)``, by grid search per position, left to right, minimising the ECE of the survival.
 
     Positions judged in fewer than ``least`` rounds get the temperature of the position before them (the first: 1).
@@ -110,14 +113,13 @@ def fit(rounds: Rounds, weights: Floats | None = None, grid: Floats = GRID, leas
             temperatures[k:] = temperatures[k - 1] if k else 1.0
             break
         happened = rounds.survived(k)[judged]
-        weight = None if weights is None else weights[judged]
         candidates = sigmoid(logits[judged, k][None, :] / grid[:, None]) * ahead[judged]
-        temperatures[k] = best_temperature(candidates, happened, grid, weight)
+        temperatures[k] = best_temperature(candidates, happened, grid)
         ahead = ahead * sigmoid(logits[:, k] / temperatures[k])
     return temperatures
 
 
-def best_temperature(candidates: Floats, happened: NDArray[np.bool_], grid: Floats, weights: Floats | None = None) -> float:
+def best_temperature(candidates: Floats, happened: NDArray[np.bool_], grid: Floats) -> float:
     """The grid value with the least ECE.
 
     With few rounds the ECE jumps from one value to the next by more than it means; values within half a standard error of
@@ -126,11 +128,9 @@ def best_temperature(candidates: Floats, happened: NDArray[np.bool_], grid: Floa
     Args:
         candidates: survival under each grid value, ``(grid, n)``. happened: ``(n,)``.
     """
-    errors = _eces(candidates, happened, weights)
-    effective = happened.size if weights is None else float(weights.sum() ** 2 / (weights**2).sum())
-    near = np.flatnonzero(errors <= errors.min() + 0.5 / np.sqrt(max(effective, 1.0)))
-    squares = (candidates[near] - happened) ** 2
-    scores = squares.mean(axis=1) if weights is None else squares @ weights
+    errors = _eces(candidates, happened)
+    near = np.flatnonzero(errors <= errors.min() + 0.5 / np.sqrt(happened.size))
+    scores = ((candidates[near] - happened) ** 2).mean(axis=1)
     return float(grid[near[int(np.argmin(scores))]])
 
 
