@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 _LUCK = 30.0  # expected drafts of a round at which its outcome counts as much as what was expected
 _RECENT_DRAFTS = 80.0  # expected drafts that the comparison of expectation and outcome reaches back
-_LARGEST = 3.0  # largest balance, in rounds, so that old gains do not pay for long losses
+_LARGEST = 7.5  # largest balance, in rounds: with the allowance, 2 % of 500 rounds can be lost again whatever was gained
 _AHEAD = 500.0  # rounds; half of what they may spend on probing can be spent at the beginning
 _SAVED = 4.0  # largest probing credit, in rounds
 
