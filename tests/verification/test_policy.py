@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from vllm_dspark.verification.cost import CostModel, CostTable, StepTiming
+from vllm_dspark.verification.history import History
 from vllm_dspark.verification.policy import Policy
 from vllm_dspark.verification.records import Outcomes, PolicyOptions, RoundInput
+from vllm_dspark.verification.survival import logit
 
 FLAT = CostTable((1, 4096), (0.010, 0.0101), (1, 512), (0.002, 0.0021))
 STEEP = CostTable((1, 4096), (0.001, 4.0), (1, 512), (0.002, 0.01))
@@ -319,8 +321,9 @@ def test_lengths_do_not_look_ahead_and_a_mutation_that_does_is_caught():
 
     def decide(confidences, leak=False):
         policy = make(table)
-        play(policy, 12, 0.8, names=names)
+        play(policy, 12, 0.9, names=names)
         decision = policy.begin_round(RoundInput(names, np.full(3, 100)))
+        assert decision.rows.tolist() == [0, 1, 2]
         lengths = np.zeros(3, dtype=int)
         if leak and confidences.prod(axis=1).max() < 0.3:  # decides with this round's tokens
             return lengths
@@ -363,3 +366,18 @@ def test_most_rounds_without_drafts_need_no_decision(monkeypatch):
     monkeypatch.setattr(policy, "_decide", lambda plan, decide=policy._decide: decided.append(1) or decide(plan))
     play(policy, 200, 0.3)
     assert len(decided) < 50
+
+
+def test_overconfidence_is_made_up_for_within_a_few_rounds():
+    """Confidences twice as sure as outcomes: long before temperatures can be fitted, survivals come out right."""
+    history, rng = History(4), np.random.default_rng(3)
+    slots, truth = np.arange(2), np.array([[0.9, 0.6, 0.8, 0.7], [0.5, 0.7, 0.4, 0.6]])
+    logits = 2.0 * logit(truth)
+    before = np.abs(history.conditional(slots, logits) - truth).mean()
+    for _ in range(60):
+        accepted = np.cumprod(rng.random((2, 4)) < truth, axis=1).sum(axis=1)
+        history.judged(slots, history.conditional(slots, logits), np.full(2, 4), accepted)
+    assert np.abs(history.conditional(slots, logits) - truth).mean() < 0.4 * before
+    assert history.factor.max() < 0.75
+    history.fitted(np.array([True, False, False, False]))
+    assert history.factor[0] == 1.0 > history.factor[1:].max()

@@ -217,8 +217,7 @@ class AsynchronousPolicy(Policy):
         self._yield.learn(likely, came)
         self.history.judged(flight.slots[keep], flight.conditional[keep], verified[keep], accepted[keep])
         if flight.raw is not None:
-            self.sts.observe(flight.raw[keep], verified[keep], accepted[keep])
-            self.sts.tick()
+            self._calibrate(flight.raw[keep], verified[keep], accepted[keep])
 
     def timed(self, timing: StepTiming) -> None:
         """Learn from a measured round (rank 0's, on every rank); how much of the flights had landed does not matter."""

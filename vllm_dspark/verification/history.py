@@ -2,12 +2,14 @@
 
 Acceptance: a draft's calibrated logit gets two additive corrections, one per position shared by the fleet and one per request,
 each a logistic filter on judged drafts (a censored draft is no evidence) that starts at 0 with a prior. A new request therefore
-starts as the fleet. Yield: for thresholds v the number of drafts N(v) whose survival exceeds v and their summed survival G(v),
-averaged over a request's recent draft rounds and shrunk to the fleet's. N and G describe the whole trade-off: verifying what
-exceeds v costs N(v) tokens and brings G(v). How far to shrink is learned (empirical Bayes): where requests differ by more than
-their rounds do, a request's own rounds soon count. Averages that a round contradicts are given up at once.
+starts as the fleet. A factor learned in the same way makes up for over-confidence long before temperatures can be fitted.
+Yield: for thresholds v the number of drafts N(v) whose survival exceeds v and their summed survival G(v), averaged over a
+request's recent draft rounds and shrunk to the fleet's. N and G describe the whole trade-off: verifying what exceeds v costs
+N(v) tokens and brings G(v). How far to shrink is learned (empirical Bayes): where requests differ by more than their rounds do,
+a request's own rounds soon count. Averages that a round contradicts are given up at once.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +34,8 @@ _WITHIN_MEMORY, _FIRST_MEMORY = 64.0, (4.0, 24.0)  # draft rounds and requests t
 _JUMP = 9.0  # squared deviation, in variances, at which an average is given up
 _REQUEST_PRECISION = (4.0, 8.0)  # of a request's correction: prior, most
 _POSITION_PRECISION = (8.0, 80.0)  # of a position's correction: prior, most
+_FACTOR_PRECISION = (8.0, 80.0)  # of the factor's logarithm: prior, most
+_FACTOR, _FACTOR_STEP = (0.2, 3.0), 0.3  # least and most, and largest change of the logarithm at once
 _BOUND = 4.0  # largest correction, logits
 _FIELDS = ("number", "gain", "weight", "shift", "precision", "recent", "mean", "last")
 
@@ -58,6 +62,8 @@ class History:
         self.last = np.zeros(capacity, dtype=np.int64)
         self.positions = np.zeros(width)
         self.position_precision = np.full(width, _POSITION_PRECISION[0])
+        self.factor = np.ones(width)
+        self.factor_precision = _FACTOR_PRECISION[0]
         prior: Floats = np.asarray(PRIOR_ACCEPTANCE ** np.arange(1.0, width + 1.0), dtype=np.float64)
         number, gain = yields(prior[None, :])
         self.fleet_number, self.fleet_gain, self.fleet_mean = number[0], gain[0], prior
@@ -81,7 +87,7 @@ class History:
 
     def conditional(self, slots: Slots, logits: Floats) -> Floats:
         """Corrected acceptance probabilities ``(n, γ)`` from calibrated logits ``(n, γ)``."""
-        return sigmoid(logits + self.positions + self.shift[slots, None])
+        return sigmoid(self.factor * logits + self.positions + self.shift[slots, None])
 
     def expected(self, slots: Slots, now: int, caps: Slots) -> tuple[Floats, Floats]:
         """N and G of a draft round of each request, ``(n, thresholds)``, shrunk to the fleet.
@@ -179,6 +185,7 @@ class History:
         reached = places < np.minimum(verified, accepted + 1)[:, None]
         surprise = ((places < accepted[:, None]) - conditional) * reached
         information = conditional * (1.0 - conditional) * reached
+        self._learn_factor(logit(conditional) - self.positions - self.shift[slots, None], surprise, information)
         per_request = information.sum(axis=1)
         precision = np.minimum(self.precision[slots] + per_request, _REQUEST_PRECISION[1])
         self.precision[slots] = precision
@@ -191,6 +198,17 @@ class History:
         step = np.minimum(np.maximum(surprise.sum(axis=0) / self.position_precision, -1.0), 1.0)
         self.positions = np.minimum(np.maximum(self.positions + step, -_BOUND), _BOUND)
 
+    def _learn_factor(self, scaled: Floats, surprise: Floats, information: Floats) -> None:
+        """How much confidences deserve to be believed; ``scaled``: factor x logits, ``(n, γ)``."""
+        gained = float((scaled * scaled * information).sum())
+        self.factor_precision = min(self.factor_precision + gained, _FACTOR_PRECISION[1] + 2.0 * gained)
+        step = float((scaled * surprise).sum()) / self.factor_precision
+        self.factor = np.clip(self.factor * math.exp(min(max(step, -_FACTOR_STEP), _FACTOR_STEP)), *_FACTOR)
+
+    def fitted(self, positions: NDArray[np.bool_]) -> None:
+        """New temperatures of these positions have been found: the factor has done its work there."""
+        self.factor[positions] = 1.0
+
     def guess(self, rows: int) -> Floats:
         """Logits ``(rows, γ)`` for drafters without a confidence head; the corrections do the rest."""
         return np.full((rows, self.width), float(logit(PRIOR_ACCEPTANCE)))
@@ -200,6 +218,7 @@ class History:
         return {
             "positions": self.positions.tolist(), "number": self.fleet_number.tolist(), "gain": self.fleet_gain.tolist(),
             "mean": self.fleet_mean.tolist(), "weight": self.fleet_weight, "precision": self.position_precision.tolist(),
+            "factor": self.factor.tolist(), "factor_precision": self.factor_precision,
             "within": self.within, "first": self.first, "looked": self.looked,
         }  # fmt: skip
 
@@ -209,7 +228,7 @@ class History:
         Raises:
             ValueError: it is of another γ or not finite.
         """
-        names = ("positions", "number", "gain", "mean", "precision")
+        names = ("positions", "number", "gain", "mean", "precision", "factor")
         arrays = {name: np.asarray(state[name], dtype=np.float64) for name in names}
         wanted = {"number": THRESHOLDS.size, "gain": THRESHOLDS.size}
         for name, array in arrays.items():
@@ -218,6 +237,7 @@ class History:
         self.positions, self.fleet_mean = arrays["positions"], arrays["mean"]
         self.fleet_number, self.fleet_gain = arrays["number"], arrays["gain"]
         self.position_precision, self.fleet_weight = arrays["precision"], float(state["weight"])
+        self.factor, self.factor_precision = arrays["factor"], float(state["factor_precision"])
         self.drafted, self.looked = int(self.fleet_weight), int(state["looked"])
         self.within, self.first = float(state["within"]), float(state["first"])
 

@@ -331,8 +331,13 @@ class Policy:
         self._yield.learn(float(plan.expected[places].sum()), float(accepted[plan.adaptive[places]].sum()))
         self.history.judged(plan.slots[plan.decision.rows[places]], conditional, verified, accepted)
         if plan.raw is not None:
-            self.sts.observe(plan.raw[places], verified, accepted)
-            self.sts.tick()
+            self._calibrate(plan.raw[places], verified, accepted)
+
+    def _calibrate(self, raw: Floats, verified: Rows, accepted: Rows) -> None:
+        before = self.sts.temperatures.copy()
+        self.sts.observe(raw, verified, accepted)
+        if self.sts.tick():
+            self.history.fitted(self.sts.temperatures != before)
 
     def _observe_step(self, plan: Plan, cost: CostModel, timing: StepTiming) -> None:
         shared, most = 0.0, 2.0
