@@ -17,11 +17,11 @@ def install() -> None:
     sys.path.insert(0, str(BACKEND))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(BACKEND), os.environ.get("PYTHONPATH")]))
     os.environ["TRITON_INTERPRET"] = "1"
-    _mend_masks()
+    mend_masks()
     _mend_log1p()
 
 
-def _mend_masks() -> None:
+def mend_masks() -> None:
     """Triton 3.9's interpreter refuses masks that came out of & as integers; vLLM's sampler has one when it keeps q."""
     from triton.runtime.interpreter import InterpreterBuilder
 

@@ -61,8 +61,9 @@ class Native:
         kept = torch.full((len(logits), VOCABULARY), float("-inf")).index_copy(1, self.model.ids, logits)
         self.draft_logits[idx_map, step] = kept
         heat = self.temperature[idx_map, None]
+        # As 0.32's, alike in every slot.
         noisy = kept / heat.where(heat > 0, 1) + noise.gumbel(
-            self.seeds[idx_map, None], sample_pos[:, None] - 1, torch.arange(VOCABULARY)
+            self.seeds[idx_map, None], sample_pos[:, None] - 1, torch.arange(VOCABULARY), 0
         )
         return torch.where(heat > 0, noisy, kept).argmax(-1)
 

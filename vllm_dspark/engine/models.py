@@ -5,7 +5,9 @@ renames anything called ``gate_proj``.
 """
 
 import logging
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from vllm_dspark.heads.candidates import Candidates, bias_lists
 from vllm_dspark.heads.choose import build_stage
 from vllm_dspark.heads.lm_head import QuantisedHead, why_not
 from vllm_dspark.heads.modules import ConfidenceHead, HeadKind, MarkovHead
+from vllm_dspark.heads.noise import slot_seeds
 from vllm_dspark.heads.stage import Draws, EagerStage, Round, Stage
 from vllm_dspark.heads.weights import prepare
 from vllm_dspark.options import DSparkOptions
@@ -131,7 +134,8 @@ class DraftHeads(nn.Module):
         if isinstance(self.stage, EagerStage):
 
             def sampler(logits: Tensor, k: int) -> Tensor:
-                drawn: Tensor = speculator._sample_logits(logits, requests[:, k], positions[:, k], k)
+                with slot_noise(speculator, k):
+                    drawn: Tensor = speculator._sample_logits(logits, requests[:, k], positions[:, k], k)
                 return drawn
         elif speculator.draft_logits is not None:
             draws = Draws(speculator.temperature, speculator.seeds, positions, processed=speculator.draft_logits)
@@ -186,6 +190,21 @@ class Gemma4DSparkDraft(DraftHeads, Gemma4DSparkForCausalLM):
         self.model.markov_head = None
         self.model.confidence_head = None
         self.build_heads()
+
+
+@contextmanager
+def slot_noise(speculator: Any, k: int) -> Iterator[None]:
+    """Let vLLM's sampler draw other noise in every slot; 0.33's does by itself. ``heads/noise.py`` says why."""
+    sampler = sys.modules.get("vllm.v1.worker.gpu.sample.gumbel")
+    if speculator.draft_logits is None or hasattr(sampler, "spec_step_seed"):
+        yield
+        return
+    seeds = speculator.seeds
+    speculator.seeds = slot_seeds(seeds, k)
+    try:
+        yield
+    finally:
+        speculator.seeds = seeds
 
 
 def register() -> None:

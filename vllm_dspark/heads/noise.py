@@ -1,10 +1,16 @@
 """Noise for draws that vLLM's Model Runner V2 can repeat, in plain torch: the specification of ``kernels/noise.py``.
 
 A draw is ``argmax(logits / T + g)`` with g standard Gumbel. g is a pure function of the request's seed, the position
-before the drawn token and the token's target id, so it does not depend on batch, tile or launch. Drafts use positions
-shifted by ``DRAFT_SALT``: verification is a ratio test, and a proposal that shared its noise with the target's own draw
-of the same position would no longer be independent of it. Source: vLLM 0.32's sampler (v1/worker/gpu/sample/gumbel.py,
-``is_drafting``); the hash is MurmurHash3 x86 32-bit (public domain) of the 16 bytes seed, position mod 2^32, token id.
+before the drawn token, the slot and the token's target id, so it does not depend on batch, tile or launch.
+
+- Drafts use positions shifted by ``DRAFT_SALT``: verification is a ratio test, and a proposal that shared its noise with the
+  target's own draw of the same position would no longer be independent of it.
+- The slot is mixed into the seed. A position whose draft was rejected or cut is drafted again in a later round, always in an
+  earlier slot. With the same noise the new draft would depend on what the old one led to: on a block verified as a whole, or
+  on a budget made from confidences of that round.
+
+Source: vLLM 0.33's sampler (v1/worker/gpu/sample/gumbel.py, ``is_drafting`` and ``spec_step_seed``; 0.32 has no slots); the
+hash is MurmurHash3 x86 32-bit (public domain) of the 16 bytes seed, position mod 2^32, token id.
 """
 
 import torch
@@ -40,11 +46,17 @@ def uniform(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     return (h >> 16).float() * 2.0**-16 + ((h & 0xFFFF).float() + 0.5) * 2.0**-32
 
 
-def gumbel(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+def slot_seeds(seeds: Tensor, slot: int | Tensor) -> Tensor:
+    """Seeds for the draws of one slot, from 0: the slot goes into their upper words."""
+    return seeds ^ (slot << 32)
+
+
+def gumbel(seeds: Tensor, positions: Tensor, tokens: Tensor, slots: int | Tensor) -> Tensor:
     """Salted standard Gumbel noise, float32: -log(-log(1 - u)).
 
     Args:
-        seeds: of the requests. positions: before the drawn token, without the salt. tokens: target ids. All int64.
+        seeds: of the requests. positions: before the drawn token, without the salt. tokens: target ids. slots: k - 1, from 0.
+            All int64.
     """
-    u = uniform(seeds, positions + DRAFT_SALT, tokens)
+    u = uniform(slot_seeds(seeds, slots), positions + DRAFT_SALT, tokens)
     return -torch.log(-torch.log1p(-u.double())).float()

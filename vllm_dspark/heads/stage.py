@@ -183,7 +183,7 @@ class EagerStage:
             assert draws.seeds is not None
             assert draws.positions is not None
             ids = torch.arange(z.shape[1], device=z.device) if self.weights.target_ids is None else self.weights.target_ids
-            g = noises.gumbel(draws.seeds[request][:, None], draws.positions[:, k, None] - 1, ids[None])
+            g = noises.gumbel(draws.seeds[request][:, None], draws.positions[:, k, None] - 1, ids[None], k)
         else:
             g = -torch.log(draws.noise[:, k])
         noisy = z / torch.where(hot, temperature, 1.0)[:, None] + g

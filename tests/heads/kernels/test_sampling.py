@@ -38,7 +38,7 @@ def test_the_hash_is_murmur3():
 
 
 def test_noise_is_standard_gumbel():
-    g = noise.gumbel(torch.tensor([[7]]), torch.arange(200)[:, None], torch.arange(1000)[None]).double().flatten()
+    g = noise.gumbel(torch.tensor([[7]]), torch.arange(200)[:, None], torch.arange(1000)[None], 0).double().flatten()
     assert abs(g.mean() - 0.5772157) < 0.01
     assert abs(g.var() - torch.pi**2 / 6) < 0.02
     for x in (-1.0, 0.0, 1.0, 3.0):
@@ -52,10 +52,24 @@ def test_salted_draws_are_the_specifications(batch, kind, reduced):
     """Tokens as the torch noise decides them, keyed by target id, request seed and position."""
     case = KernelCase(kind, batch=batch, slots=4, vocab=301, rank=16, reduced=reduced, temperatures=(0.7, 0.0, 1.0, 1.6))
     ids = torch.arange(301) if case.target_ids is None else case.target_ids
-    g = noise.gumbel(case.seeds[case.slot_of][:, None, None], case.positions[:, :, None] - 1, ids[None, None])
+    slots = torch.arange(4)[:, None]
+    g = noise.gumbel(case.seeds[case.slot_of][:, None, None], case.positions[:, :, None] - 1, ids[None, None], slots)
     case.noise = torch.exp(-g.double())
     assert check(case, run(case, build(case), injected=False)) == 0
     assert check(case, run(case, build(case, fused=False), injected=False)) == 0
+
+
+def test_a_position_drafted_again_in_an_earlier_slot_draws_anew():
+    """Else what the first draft led to would be known of the second: the noise of two slots must be independent."""
+    first, second = (noise.gumbel(torch.tensor([7]), torch.tensor([30]), torch.arange(20000), k).double() for k in (3, 1))
+    assert abs(torch.corrcoef(torch.stack((first, second)))[0, 1]) < 0.03
+    logits = 2 * torch.randn(301, generator=torch.Generator().manual_seed(2))
+    case = KernelCase("none", batch=200, slots=2, vocab=301, temperatures=(1.0,))
+    case.logits = logits.expand(200, 2, 301)
+    case.positions = torch.full((200, 2), 31)  # both slots at one position
+    tokens = run(case, build(case), injected=False).tokens
+    agree, q = (tokens[:, 0] == tokens[:, 1]).double().mean(), torch.softmax(logits, -1)
+    assert abs(agree - q.square().sum()) < 0.1
 
 
 def test_a_request_draws_the_same_wherever_it_stands():

@@ -102,7 +102,7 @@ def candidate_kernel(
         if noise is None:
             seed = tl.load(seeds + request, mask=valid, other=0)
             place = tl.load(positions + rows * positions_row + k * positions_slot, mask=valid, other=1)
-            prefix = hash_prefix(seed, place.to(tl.int64) - 1)
+            prefix = hash_prefix(seed, place.to(tl.int64) - 1, k)
         else:
             injected = noise + (wide[:, None] * slots + k) * vocab + ids[None, :]
         if processed is not None:

@@ -1,8 +1,8 @@
 """Salted Gumbel noise inside a kernel; the specification and the source are ``heads/noise.py``.
 
-    h = murmur3_32(seed, position + 2^30, token);  u = (h + 1/2) / 2^32;  g = -log(-log(1 - u))
+    h = murmur3_32(seed xor slot * 2^32, position + 2^30, token);  u = (h + 1/2) / 2^32;  g = -log(-log(1 - u))
 
-The float operations and their order are those of vLLM 0.32's float32 sampler, so that g has its very bits: log(1 - u) is
+The float operations and their order are those of vLLM's float32 sampler, so that g has its very bits: log(1 - u) is
 an eighth-degree series below 1/4, where the winning tail is, and a plain logarithm above.
 """
 
@@ -35,9 +35,10 @@ def _log_one_minus(u):
 
 
 @triton.jit
-def hash_prefix(seeds, positions):
-    """The part of the salted hash that all tokens of a draw share: uint32, the shape of int64 ``seeds``."""
+def hash_prefix(seeds, positions, slot):
+    """The part of the salted hash that all tokens of a draw share: uint32, the shape of int64 ``seeds``; ``slot`` is int32."""
     positions += _SALT
+    seeds ^= slot.to(tl.int64) << 32
     h = (seeds ^ seeds).to(tl.uint32)
     h = _mix(h, (seeds & 0xFFFFFFFF).to(tl.uint32))
     h = _mix(h, ((seeds >> 32) & 0xFFFFFFFF).to(tl.uint32))

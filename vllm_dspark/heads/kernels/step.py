@@ -110,7 +110,7 @@ def step_kernel(
         if noise is None:
             seed = tl.load(seeds + request, mask=valid, other=0)
             place = tl.load(positions + rows * positions_row + k * positions_slot, mask=valid, other=1)
-            prefix = hash_prefix(seed, place.to(tl.int64) - 1)
+            prefix = hash_prefix(seed, place.to(tl.int64) - 1, k)
     any_hot = tl.max(hot.to(tl.int32), axis=0) > 0
     best = tl.full([BLOCK_ROWS], float("-inf"), dtype=tl.float32)
     best_id = tl.zeros([BLOCK_ROWS], dtype=tl.int32) + start
