@@ -110,8 +110,8 @@ def traffic(arm: Arm, shape: Shape, batch: int, sampled: bool) -> tuple[int, int
     row = 2 * batch * shape.vocab  # one bf16 pass over the batch's logits
     if arm.top:
         step = batch * arm.top * (shape.rank * 2 + 2)
-        # torch.topk looks at every base logit about four times, in about ten kernels.
-        return SLOTS * (step + 4 * row), 2 * SLOTS * batch * arm.top * shape.rank, SLOTS + 2 + 10
+        # Choosing them reads the base logits, in two launches; then: the last maxima, clearing, wiping.
+        return SLOTS * (step + row), 2 * SLOTS * batch * arm.top * shape.rank, SLOTS + 4 + sampled
     flops = 2 * SLOTS * batch * shape.vocab * shape.rank
     if arm.implementation == "fused":
         two = arm.kind != "vanilla" or batch > 16

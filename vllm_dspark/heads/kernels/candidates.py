@@ -187,6 +187,6 @@ def candidate_step(
     weights: HeadWeights, buffers: Buffers, round: Round, k: int, candidates: Candidates, chosen: torch.Tensor,
     written: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    """Leave the packed maxima of slot ``k`` in ``buffers.partials[k % 2]``; ``chosen`` ``[B, K, top]`` are the top ids."""
+    """Leave the packed maxima of slot ``k`` in ``buffers.partials[k % 2]``; ``chosen`` ``[>= B, K, top]`` are the top ids."""
     grid, values, options = arguments(weights, buffers, round, k, candidates, chosen, written)
     candidate_kernel[grid](*values, **options)

@@ -23,4 +23,4 @@ def pack(score, index):
 @triton.jit
 def unpack(packed):
     """The id, int64."""
-    return _LAST - (packed & _LAST)
+    return (packed & _LAST) ^ _LAST

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from vllm_dspark.heads.candidates import Candidates
 from vllm_dspark.heads.formats import Stored
-from vllm_dspark.heads.kernels import advance, candidates, linear, step
+from vllm_dspark.heads.kernels import advance, candidates, linear, step, top
 from vllm_dspark.heads.kernels.buffers import Arguments, allocate
 from vllm_dspark.heads.kernels.launch import KNOWN, Device, step_launch
 from vllm_dspark.heads.modules import HeadKind
@@ -48,7 +48,7 @@ TYPES = {
 class Case:
     """A launch to compile: Qwen3's shapes unless it says otherwise."""
 
-    kernel: str  # step, advance, candidates, linear (projection or LM head)
+    kernel: str  # step, advance, pool, choose, candidates, linear (projection or LM head)
     batch: int
     kind: HeadKind = "vanilla"
     format: WeightFormat = "native"
@@ -77,6 +77,8 @@ CASES = (
     Case("advance", 1, "rnn", quick=False),
     Case("advance", 64, "rnn"),
     Case("advance", 64, "gated", quick=False),
+    Case("pool", 1),
+    Case("choose", 1),
     Case("candidates", 1, quick=False),
     Case("candidates", 64, "gated", "int8", True),
     Case("linear", 1, "rnn", quick=False),
@@ -173,8 +175,12 @@ def launch_of(case: Case, device: Device, slots: int = 7) -> tuple[Any, Argument
         matrix = head if weights.outer is None else Stored(weights.outer, None, "native")
         out = meta(b * slots, len(matrix.values), dtype=case.dtype if weights.outer is None else torch.float32)
         return linear.linear_kernel, linear.arguments(x, matrix, out, weights.outer_bias), 1
+    if case.kernel in ("pool", "choose"):
+        scratch, chosen = meta(1, dtype=torch.int64), meta(b, slots, 256, dtype=torch.int32)
+        launches = top.arguments(round.logits, round.index, 256, scratch, chosen, 0)
+        return (top.pool_kernel, launches[0], 1) if case.kernel == "pool" else (top.choose_kernel, launches[1], 1)
     if case.kernel == "candidates":
-        chosen = meta(b, slots, 256, dtype=torch.int64)
+        chosen = meta(b, slots, 256, dtype=torch.int32)
         some = Candidates(256, meta(case.vocab, 64, dtype=torch.int32))
         written = meta(b, slots, some.most, dtype=torch.int32) if case.sampled else None
         listed = candidates.arguments(weights, buffers, round, 1, some, chosen, written)

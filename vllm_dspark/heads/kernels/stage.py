@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vllm_dspark.heads.candidates import Candidates
+from vllm_dspark.heads.candidates import Candidates, group_count
 from vllm_dspark.heads.formats import Stored
 from vllm_dspark.heads.kernels.advance import advance
 from vllm_dspark.heads.kernels.buffers import allocate
@@ -12,6 +12,7 @@ from vllm_dspark.heads.kernels.confidence import hidden_confidences
 from vllm_dspark.heads.kernels.launch import device_of, step_launch
 from vllm_dspark.heads.kernels.linear import linear
 from vllm_dspark.heads.kernels.step import step
+from vllm_dspark.heads.kernels.top import POOL_ROWS, choose
 from vllm_dspark.heads.stage import Round
 from vllm_dspark.heads.weights import HeadWeights
 
@@ -37,6 +38,8 @@ class FusedStage:
         self.candidates = candidates
         if candidates is not None:
             self._written = torch.full((max_batch, slots, candidates.most), -1, dtype=torch.int32, device=device)
+            self._pool = torch.zeros(POOL_ROWS * group_count(candidates.top), dtype=torch.int64, device=device)
+            self._chosen = torch.zeros(max_batch, slots, candidates.top, dtype=torch.int32, device=device)
         self.weights = weights
         self.slots = slots
         self.device = device_of(device)
@@ -69,7 +72,7 @@ class FusedStage:
 
     def _draft_candidates(self, round: Round, candidates: Candidates) -> None:
         slots = round.logits.shape[1]
-        chosen = round.logits.topk(candidates.top, dim=-1, sorted=False).indices
+        choose(round.logits, round.index, candidates.top, self._pool, self._chosen)
         written: Tensor | None = None
         if round.draws is not None and round.draws.processed is not None:
             written = self._written
@@ -78,7 +81,7 @@ class FusedStage:
         for k in range(slots):
             if self.weights.kind not in ("vanilla", "none"):
                 advance(self.weights, self.buffers, round, k, parts)
-            candidate_step(self.weights, self.buffers, round, k, candidates, chosen, written)
+            candidate_step(self.weights, self.buffers, round, k, candidates, self._chosen, written)
         advance(self.weights, self.buffers, round, slots, parts)
 
     def _before(self, round: Round) -> None:
@@ -109,6 +112,8 @@ class FusedStage:
             raise ValueError("logits and tokens need a contiguous last dimension")
         if round.sampler is not None:
             raise ValueError("the fused stage draws by itself; a sampler of the engine's needs the torch stage")
+        if self.candidates is not None and self.candidates.top > vocab:
+            raise ValueError(f"{self.candidates.top} candidates; the draft vocabulary has {vocab}")
         if self.candidates is not None and round.draws is not None and round.draws.processed is not None:
             held, built = round.draws.processed.shape[0], self.broken.shape[0]
             if held > built:
