@@ -1,10 +1,13 @@
 """The fused stage is the specification for every head, type, W2 format, vocabulary and batch; so is its fallback."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from parity import KernelCase, build, check, run
 
 from vllm_dspark.heads.formats import WEIGHT_FORMATS
+from vllm_dspark.heads.kernels import stage as kernels
 from vllm_dspark.heads.modules import HEAD_KINDS
 
 GPU = torch.cuda.is_available()
@@ -47,6 +50,16 @@ def test_small_batches(kind, dtype, batch, sampled, fused):
 def test_quantised_w2(kind, w2_format, batch, fused):
     case = KernelCase(kind, torch.bfloat16, batch, slots=2, rank=32, vocab=97, w2_format=w2_format, temperatures=(1.0, 0.0))
     hold(case, fused)
+
+
+@pytest.mark.parametrize("rows", [32, 64])
+@pytest.mark.parametrize("w2_format", WEIGHT_FORMATS)
+@pytest.mark.parametrize("kind", ["vanilla", "rnn"])
+def test_row_blocks_as_large_as_gpus_take(kind, w2_format, rows, monkeypatch):
+    """Larger than the interpreter's own; int8 goes another way from 64 rows on."""
+    usual = kernels.step_launch
+    monkeypatch.setattr(kernels, "step_launch", lambda *given: replace(usual(*given), block_rows=rows))
+    hold(KernelCase(kind, torch.bfloat16, 70, slots=2, rank=48, vocab=97, w2_format=w2_format, padded=(69,)))
 
 
 @STAGES

@@ -132,6 +132,20 @@ def test_logits_that_are_not_numbers_are_reported_by_row(sampled, value, fused):
     assert bool(((outcome.tokens >= 0) & (outcome.tokens < 97))[case.real].all())
 
 
+@pytest.mark.parametrize("batch", [2, 5, 40])
+@pytest.mark.parametrize("w2_format", ["int8", "fp8"])
+def test_hidden_states_that_are_not_numbers_are_reported_through_eight_bits(w2_format, batch):
+    """Also where tensor cores are given the code in integers, which know no NaN."""
+    case = KernelCase("gated", torch.bfloat16, batch, slots=2, rank=32, vocab=97, w2_format=w2_format, temperatures=(0.0, 1.0))
+    sound = run(case, build(case))
+    assert not bool(sound.broken.any())
+    case.hidden[1, 1, 3] = float("nan")
+    outcome = run(case, build(case))
+    assert outcome.broken.tolist() == [int(row == 1) for row in range(batch)]
+    others = torch.arange(batch) != 1
+    assert torch.equal(outcome.tokens[others], sound.tokens[others])
+
+
 def test_minus_infinity_is_a_logit():
     case = KernelCase("vanilla", batch=2, slots=2, vocab=97, temperatures=(0.0, 1.0))
     case.logits[:, :, 10:] = float("-inf")

@@ -49,7 +49,7 @@ def advance_kernel(
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     _, valid = request_slots(index, index_row, rows, batch)
     previous = previous_tokens(
-        anchors, anchor_row, partials, parts, target_ids, vocab, rows, valid, FIRST, BLOCK_PARTS
+        anchors, anchor_row, partials, parts, target_ids, vocab, rows, valid, FIRST, BLOCK_PARTS, BLOCK_ROWS
     )  # fmt: skip
     if tl.program_id(1) == 0:
         record(

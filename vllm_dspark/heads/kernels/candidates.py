@@ -63,7 +63,7 @@ def candidate_kernel(
     real = valid[:, None] & (r < RANK)[None, :]
     if FUSED:
         previous = previous_tokens(
-            anchors, anchor_row, last_partials, parts, target_ids, vocab, rows, valid, FIRST, BLOCK_PARTS
+            anchors, anchor_row, last_partials, parts, target_ids, vocab, rows, valid, FIRST, BLOCK_PARTS, 1
         )  # fmt: skip
         if part == 0:
             record(

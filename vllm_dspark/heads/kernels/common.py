@@ -47,15 +47,25 @@ def previous_tokens(
     valid,
     FIRST: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
+    FILLED: tl.constexpr,
 ):
-    """x_{k-1} as target ids, int64 (0 where padded): the anchors, or the best of the last step's packed maxima."""
+    """x_{k-1} as target ids, int64 (0 where padded): the anchors, or the best of the last step's packed maxima.
+
+    FILLED: how many of ``rows`` can be within the batch; the others' maxima are not asked for.
+    """
     if FIRST:
         tokens = tl.load(anchors + rows * anchor_row, mask=valid, other=0).to(tl.int64)
     else:
         part = tl.arange(0, BLOCK_PARTS)
-        mask = valid[:, None] & (part < parts)[None, :]
-        packed = tl.load(partials + rows[:, None] * parts + part[None, :], mask=mask, other=_LOWEST)
-        tokens = tl.minimum(unpack(tl.max(packed, axis=1)), vocab - 1)
+        if rows.shape[0] == FILLED:
+            mask = valid[:, None] & (part < parts)[None, :]
+            packed = tl.load(partials + rows[:, None] * parts + part[None, :], mask=mask, other=_LOWEST)
+            best = tl.max(packed, axis=1)
+        else:
+            few = tl.arange(0, FILLED)  # a batch this small is one row block
+            packed = tl.load(partials + few[:, None] * parts + part[None, :], mask=(part < parts)[None, :], other=_LOWEST)
+            best = tl.max(tl.where(rows[:, None] == few[None, :], tl.max(packed, axis=1)[None, :], _LOWEST), axis=1)
+        tokens = tl.minimum(unpack(best), vocab - 1)
         if target_ids is not None:
             tokens = tl.load(target_ids + tokens, mask=valid, other=0)
     return tokens
@@ -98,7 +108,7 @@ def product(x, w, DTYPE: tl.constexpr, SPLIT: tl.constexpr):
     else:
         high = x.to(DTYPE)
         low = (x.to(tl.float32) - high.to(tl.float32)).to(DTYPE)
-        w = w.to(DTYPE)
+        w = w.to(tl.float32).to(DTYPE) if w.dtype == tl.float16 else w.to(DTYPE)  # half to bfloat16 in one step is slow
         if INTERPRETED:
             high, low, w = high.to(tl.float32), low.to(tl.float32), w.to(tl.float32)
         out = tl.dot(high, tl.trans(w), input_precision="ieee")
@@ -119,7 +129,7 @@ def dequantise(w, FORMAT: tl.constexpr):
             bits = w.to(tl.uint16)
             w = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
         else:
-            w = w.to(tl.float16).to(tl.float32)  # from half to bfloat16 in one step is a slow instruction
+            w = w.to(tl.float16)
     elif FORMAT == "int8":
         w = w.to(tl.float32)
     return w

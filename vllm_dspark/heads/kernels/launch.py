@@ -2,9 +2,10 @@
 
 The rule. One row (or two) is a streamed product without tensor cores: small tiles straight into registers, four programs
 a multiprocessor, so that about 64 KB a multiprocessor is in flight, which is what it takes to saturate its share of the
-memory. More rows go through tensor cores in row blocks of 16 to 128; tiles pass through shared memory in as many stages as
-fit. The vocabulary is cut into as many parts as programs run at once, of equal size to within ``ALIGN`` ids, so that all
-finish together; the row blocks that share a part are neighbours.
+memory. More rows, and eight-bit weights beside any, go through tensor cores in row blocks of 16 to 128; tiles pass through
+shared memory in as many stages as fit. (A streamed product takes about 340 instructions for 32 eight-bit rows of W2, most of
+them to widen the weights: longer than memory takes to bring them.) The vocabulary is cut into as many parts as programs run
+at once, of equal size to within ``ALIGN`` ids, so that all finish together; the row blocks that share a part are neighbours.
 """
 
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ TABLE: dict[tuple[str, int, int], Tile] = {
 INTERPRETER = Device("interpreter", 3, 1 << 20)
 KNOWN = {
     "sm_80": Device("sm_80", 108, 163 << 10),
+    "sm_89": Device("sm_89", 128, 99 << 10),
     "sm_90": Device("sm_90", 132, 227 << 10),
     "sm_100": Device("sm_100", 148, 227 << 10),
     "sm_120": Device("sm_120", 170, 99 << 10),
@@ -107,10 +109,11 @@ def ceiling(a: int, b: int) -> int:
 def step_launch(device: Device, batch: int, vocab: int, rank: int, weight_bytes: int, kind: HeadKind) -> StepLaunch:
     """The launch of one step for ``batch`` rows; ``weight_bytes`` is 0 where there is no W2."""
     split = kind in ("gated", "rnn")
-    block_rows = 1 if batch <= 2 else min(power_of_two(batch, 16), _most_rows(device, split))
+    streamed = batch <= 2 and weight_bytes != 1
+    block_rows = 1 if streamed else min(power_of_two(batch, 16), _most_rows(device, split))
     if device.arch == "interpreter":
         block_rows = min(block_rows, 16)
-    row_bytes = power_of_two(rank, 16) * max(weight_bytes, 1)
+    row_bytes = power_of_two(rank, 32) * max(weight_bytes, 1)
     found = TABLE.get((device.arch, block_rows, weight_bytes)) if power_of_two(rank) == 256 and not split else None
     tile = found or (_streamed(row_bytes) if block_rows == 1 else _tiled(device, block_rows, row_bytes, rank, split))
     if device.arch == "interpreter":
@@ -133,17 +136,18 @@ def _most_rows(device: Device, split: bool) -> int:
     """Rows of the largest block that compiles without spilling. A split product keeps every code twice."""
     large = device.shared >= (200 << 10)
     if split:
-        return 64 if large else 32
+        return 64 if large else 32 if device.shared >= (100 << 10) or device.arch.startswith("gfx") else 16
     return 128 if large and not device.arch.startswith("sm_10") else 64
 
 
 def _tiled(device: Device, block_rows: int, row_bytes: int, rank: int, split: bool) -> Tile:
     """Tensor-core tiles: as many stages as fit beside the code block, down to two."""
-    code = block_rows * power_of_two(rank, 16) * (4 if split else 2)
+    code = block_rows * power_of_two(rank, 32) * (4 if split else 2)
     warps = 8 if block_rows >= 64 else 4
     for block_vocab in (32, 16) if split else (64, 32, 16):
         for stages in (3, 2):
             need = code + stages * block_vocab * row_bytes + block_rows * block_vocab * 4
             if need <= device.shared:
-                return Tile(block_vocab, warps, stages, 2 if 2 * need <= device.shared and warps == 4 else 1)
+                most = 4 if row_bytes < 512 and block_rows == 16 else 2 if warps == 4 else 1
+                return Tile(block_vocab, warps, stages, max(1, min(most, device.shared // need)))
     return Tile(16, 4, 1, 1)

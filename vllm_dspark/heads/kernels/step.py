@@ -16,12 +16,14 @@ A program owns one contiguous part of the vocabulary and loops over tiles of it;
 those that share a part run together and read W2 from memory once.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from vllm_dspark.heads.kernels.buffers import Arguments, Buffers, strides
 from vllm_dspark.heads.kernels.common import dequantise, previous_tokens, product, record, request_slots, tanh
 from vllm_dspark.heads.kernels.launch import StepLaunch, ceiling, power_of_two
+from vllm_dspark.heads.kernels.narrow import digit_product, digits, half_product, halves
 from vllm_dspark.heads.kernels.noise import gumbel, hash_prefix
 from vllm_dspark.heads.kernels.pack import pack
 from vllm_dspark.heads.stage import FLOOR, Round
@@ -76,7 +78,7 @@ def step_kernel(
     batch, k, slots: tl.constexpr,
     FIRST: tl.constexpr, FUSED: tl.constexpr, SAMPLED: tl.constexpr, FORMAT: tl.constexpr, SPLIT: tl.constexpr,
     SOFT_CAP: tl.constexpr, SCALE: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_PARTS: tl.constexpr, FILLED: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -90,7 +92,7 @@ def step_kernel(
         ahead = load_tile(w2, start + tl.arange(0, BLOCK_V), r, end, RANK, RANK_PAD)
     if FUSED:
         previous = previous_tokens(
-            anchors, anchor_row, last_partials, parts, target_ids, vocab, rows, valid, FIRST, BLOCK_PARTS
+            anchors, anchor_row, last_partials, parts, target_ids, vocab, rows, valid, FIRST, BLOCK_PARTS, FILLED
         )  # fmt: skip
         if part == 0:
             record(
@@ -101,6 +103,13 @@ def step_kernel(
             code = tl.load(w1 + previous[:, None] * RANK + r[None, :], mask=valid[:, None] & (r < RANK)[None, :], other=0.0)
     elif w2 is not None:
         code = tl.load(codes + rows[:, None] * RANK + r[None, :], mask=valid[:, None] & (r < RANK)[None, :], other=0.0)
+    # Eight-bit weights meet tensor cores in their own type; beside many rows widening them costs less than more products.
+    DIGITS: tl.constexpr = FORMAT == "int8" and BLOCK_ROWS > 1 and BLOCK_ROWS <= 32
+    HALVES: tl.constexpr = FORMAT == "fp8" and BLOCK_ROWS > 1
+    if DIGITS:
+        first_digit, second_digit, third_digit, unit = digits(code)
+    elif HALVES:
+        first_half, second_half, unit = halves(code)
     hot = valid
     heat = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
     prefix = tl.zeros([BLOCK_ROWS], dtype=tl.uint32)
@@ -127,7 +136,12 @@ def step_kernel(
                 ahead = load_tile(w2, v + BLOCK_V, r, end, RANK, RANK_PAD)
             else:
                 tile = load_tile(w2, v, r, end, RANK, RANK_PAD)
-            acc = product(code, dequantise(tile, FORMAT), w1.dtype.element_ty, SPLIT)
+            if DIGITS:
+                acc = digit_product(first_digit, second_digit, third_digit, unit, tile)
+            elif HALVES:
+                acc = half_product(first_half, second_half, unit, dequantise(tile, FORMAT), SPLIT)
+            else:
+                acc = product(code, dequantise(tile, FORMAT), w1.dtype.element_ty, SPLIT)
         z = correct(acc, w2_scale, base + wide[:, None] * base_row + k * base_slot + v[None, :], v, live, in_part,
                     SOFT_CAP, SCALE)  # fmt: skip
         z, here = mend(z, live)
@@ -157,6 +171,12 @@ def step_kernel(
     tl.store(broken + rows, 1, mask=valid & (bad > 0))
 
 
+def splits(weights: HeadWeights) -> bool:
+    """Whether a code needs two numbers of the type that tensor cores take it in."""
+    narrow = weights.dtype == torch.float32 and weights.w2 is not None and weights.w2.format == "fp8"
+    return narrow or weights.kind in ("gated", "rnn")
+
+
 def arguments(weights: HeadWeights, buffers: Buffers, round: Round, k: int, launch: StepLaunch) -> Arguments:
     """Grid, arguments and options of :func:`step`'s launch."""
     batch, slots, vocab = round.logits.shape
@@ -176,9 +196,10 @@ def arguments(weights: HeadWeights, buffers: Buffers, round: Round, k: int, laun
         strides(confidences)[0], buffers.broken, batch, k,
     ), {
         "slots": slots, "FIRST": k == 0, "FUSED": launch.fused, "SAMPLED": draws is not None,
-        "FORMAT": "native" if w2 is None else w2.format, "SPLIT": weights.kind in ("gated", "rnn"),
-        "SOFT_CAP": weights.soft_cap, "SCALE": weights.scale, "RANK": weights.rank, "RANK_PAD": power_of_two(weights.rank, 16),
+        "FORMAT": "native" if w2 is None else w2.format, "SPLIT": splits(weights),
+        "SOFT_CAP": weights.soft_cap, "SCALE": weights.scale, "RANK": weights.rank, "RANK_PAD": power_of_two(weights.rank, 32),
         "BLOCK_ROWS": launch.block_rows, "BLOCK_V": launch.block_vocab, "BLOCK_PARTS": power_of_two(launch.parts),
+        "FILLED": min(power_of_two(batch), launch.block_rows),
         "num_warps": launch.warps, "num_stages": launch.stages,
     }  # fmt: skip
 
