@@ -61,6 +61,20 @@ def test_compiled_for_gpus_that_are_not_here():
     compiled("--quick", "sm_80", "sm_90", "sm_100", "gfx942")
 
 
+def test_a_launch_asks_for_weights_before_it_waits_for_the_last_one():
+    """Sixteen bytes at a time, a whole tile of them; where launches cannot overlap there is nothing to wait for."""
+    script = """
+from vllm_dspark.heads.kernels.resources import KNOWN, TARGETS, Case, compile_for, launch_of
+for target in ("sm_80", "sm_90"):
+    kernel, arguments, _ = launch_of(Case("step", 1), KNOWN[target])
+    before, wait, after = compile_for(TARGETS[target], kernel, arguments).asm["ptx"].partition("griddepcontrol.wait")
+    print(target, len(wait) > 0, before.count("ld.global.v4"), after.count("ld.global.v4"))
+"""
+    done = python("-W", "ignore", "-c", script, interpret=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.split("\n")[:2] == ["sm_80 False 16 0", "sm_90 True 8 8"]
+
+
 @pytest.mark.slow
 def test_all_launches_compiled():
     compiled()

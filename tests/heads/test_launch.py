@@ -42,3 +42,11 @@ def test_only_small_vanilla_batches_are_one_launch_a_step():
     assert fused(1, "none")
     assert not fused(1, "gated")
     assert not fused(1, "rnn")
+
+
+def test_launches_overlap_with_our_own_on_hopper_and_later():
+    """The launch after another library's kernel starts when that has ended, but lets ours after it start early."""
+    assert KNOWN["sm_90"].follow(True) == {"OVERLAP": True, "launch_pdl": True}
+    assert KNOWN["sm_90"].follow(False) == {"OVERLAP": True, "launch_pdl": False}
+    for name in ("sm_80", "sm_89", "gfx942"):
+        assert KNOWN[name].follow(True) == {"OVERLAP": False}, "an option that is unknown there"

@@ -6,6 +6,7 @@ from parity import DEVICE
 
 from vllm_dspark.heads.candidates import group_count, top_ids
 from vllm_dspark.heads.kernels import top as kernels
+from vllm_dspark.heads.kernels.launch import device_of
 from vllm_dspark.heads.kernels.top import POOL_ROWS, choose
 
 
@@ -13,7 +14,7 @@ def chosen_by(base: torch.Tensor, top: int, index: torch.Tensor | None = None) -
     batch, slots, _ = base.shape
     chosen = torch.full((batch + 1, slots, top), -7, dtype=torch.int32, device=DEVICE)
     pool = torch.full((POOL_ROWS * group_count(top),), 123456789 << 32, dtype=torch.int64, device=DEVICE)
-    choose(base.to(DEVICE), None if index is None else index.to(DEVICE), top, pool, chosen)
+    choose(base.to(DEVICE), None if index is None else index.to(DEVICE), top, pool, chosen, device_of(DEVICE))
     assert bool((chosen[batch] == -7).all())
     return chosen[:batch].cpu().long()
 

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from vllm_dspark.heads.kernels.buffers import Arguments, Buffers, strides
-from vllm_dspark.heads.kernels.common import previous_tokens, product, record, request_slots, sigmoid, tanh
-from vllm_dspark.heads.kernels.launch import ceiling, power_of_two
+from vllm_dspark.heads.kernels.common import follow, previous_tokens, product, record, request_slots, sigmoid, tanh
+from vllm_dspark.heads.kernels.launch import Device, ceiling, power_of_two
 from vllm_dspark.heads.stage import Round
 from vllm_dspark.heads.weights import HeadWeights
 
@@ -45,7 +45,9 @@ def advance_kernel(
     batch, k, slots: tl.constexpr,
     KIND: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    follow(OVERLAP)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     _, valid = request_slots(index, index_row, rows, batch)
     previous = previous_tokens(
@@ -99,7 +101,7 @@ def advance_kernel(
         tl.store(codes + rows[:, None] * RANK + out[None, :], code, mask=here)
 
 
-def arguments(weights: HeadWeights, buffers: Buffers, round: Round, k: int, parts: int) -> Arguments:
+def arguments(weights: HeadWeights, buffers: Buffers, round: Round, k: int, parts: int, device: Device) -> Arguments:
     """Grid, arguments and options of :func:`advance`'s launch."""
     batch, slots, vocab = round.logits.shape
     last = k == slots
@@ -118,11 +120,11 @@ def arguments(weights: HeadWeights, buffers: Buffers, round: Round, k: int, part
     ), {
         "slots": slots, "KIND": weights.kind, "FIRST": k == 0, "LAST": last, "RANK": weights.rank, "RANK_PAD": rank_pad,
         "BLOCK_ROWS": block_rows, "BLOCK_OUT": block_out, "BLOCK_R": rank_pad if block_rows == 1 else min(rank_pad, 64),
-        "BLOCK_PARTS": power_of_two(parts), "num_warps": 4, "num_stages": 2,
+        "BLOCK_PARTS": power_of_two(parts), "num_warps": 4, "num_stages": 2, **device.follow(k > 0),
     }  # fmt: skip
 
 
-def advance(weights: HeadWeights, buffers: Buffers, round: Round, k: int, parts: int) -> None:
+def advance(weights: HeadWeights, buffers: Buffers, round: Round, k: int, parts: int, device: Device) -> None:
     """Reduce ``parts`` maxima of slot k-1 (for k = 0 take the anchors) and make the codes of slot k (none for k = K)."""
-    grid, values, options = arguments(weights, buffers, round, k, parts)
+    grid, values, options = arguments(weights, buffers, round, k, parts, device)
     advance_kernel[grid](*values, **options)

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from vllm_dspark.heads.candidates import Candidates
 from vllm_dspark.heads.kernels.buffers import Arguments, Buffers, strides
-from vllm_dspark.heads.kernels.common import dequantise, previous_tokens, product, record, request_slots
-from vllm_dspark.heads.kernels.launch import ceiling, power_of_two
+from vllm_dspark.heads.kernels.common import dequantise, follow, previous_tokens, product, record, request_slots
+from vllm_dspark.heads.kernels.launch import Device, ceiling, power_of_two
 from vllm_dspark.heads.kernels.noise import hash_prefix
 from vllm_dspark.heads.kernels.pack import pack
 from vllm_dspark.heads.kernels.step import correct, draw_scores, mend
@@ -54,7 +54,9 @@ def candidate_kernel(
     FIRST: tl.constexpr, FUSED: tl.constexpr, SAMPLED: tl.constexpr, FORMAT: tl.constexpr,
     SOFT_CAP: tl.constexpr, SCALE: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
     TOP: tl.constexpr, LISTED: tl.constexpr, LANES: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    follow(OVERLAP)
     part = tl.program_id(1)
     row = tl.program_id(0)
     rows = row + tl.arange(0, 1)
@@ -155,7 +157,7 @@ def candidate_parts(candidates: Candidates) -> int:
 
 def arguments(
     weights: HeadWeights, buffers: Buffers, round: Round, k: int, candidates: Candidates, chosen: torch.Tensor,
-    written: torch.Tensor | None,
+    written: torch.Tensor | None, device: Device,
 ) -> Arguments:  # fmt: skip
     """Grid, arguments and options of :func:`candidate_step`'s launch."""
     batch, slots, vocab = round.logits.shape
@@ -180,13 +182,14 @@ def arguments(
         "FORMAT": "native" if w2 is None else w2.format,
         "SOFT_CAP": weights.soft_cap, "SCALE": weights.scale, "RANK": weights.rank, "RANK_PAD": power_of_two(weights.rank, 16),
         "TOP": candidates.top, "LISTED": candidates.listed, "LANES": BLOCK, "BLOCK_PARTS": power_of_two(parts), "num_warps": 4,
+        **device.follow(k > 0),
     }  # fmt: skip
 
 
 def candidate_step(
     weights: HeadWeights, buffers: Buffers, round: Round, k: int, candidates: Candidates, chosen: torch.Tensor,
-    written: torch.Tensor | None,
+    written: torch.Tensor | None, device: Device,
 ) -> None:  # fmt: skip
     """Leave the packed maxima of slot ``k`` in ``buffers.partials[k % 2]``; ``chosen`` ``[>= B, K, top]`` are the top ids."""
-    grid, values, options = arguments(weights, buffers, round, k, candidates, chosen, written)
+    grid, values, options = arguments(weights, buffers, round, k, candidates, chosen, written, device)
     candidate_kernel[grid](*values, **options)

@@ -25,6 +25,18 @@ def tanh(x):
 
 
 @triton.jit
+def follow(OVERLAP: tl.constexpr):
+    """Let the launch after this one start, then wait for all that the launch before this one wrote.
+
+    OVERLAP (programmatic dependent launch): launches start while their predecessors end. What comes before this call may read
+    nothing but weights, and everything after it may rely on every earlier launch, since each of them waited as well.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def request_slots(index, index_row, rows, batch):
     """Request slots of ``rows`` (int64, 0 where padded) and which rows are real."""
     valid = rows < batch

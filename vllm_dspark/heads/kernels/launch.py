@@ -21,11 +21,17 @@ MAX_PARTS = 1024
 
 @dataclass(frozen=True)
 class Device:
-    """arch: "sm_90", "gfx942", … or "interpreter"; processors: multiprocessors; shared: bytes a program may use."""
+    """arch: "sm_90", "gfx942", … or "interpreter"; processors: multiprocessors; shared: bytes a program may use; overlaps: a
+    launch may start while the one before it ends (``common.follow``)."""
 
     arch: str
     processors: int
     shared: int
+    overlaps: bool = False
+
+    def follow(self, ours: bool) -> dict[str, bool]:
+        """Options of launches that call ``common.follow``; ``ours``: the launch before this one does, too."""
+        return {"OVERLAP": True, "launch_pdl": ours} if self.overlaps else {"OVERLAP": False}
 
 
 @dataclass(frozen=True)
@@ -53,18 +59,19 @@ class Tile:
     resident: int
 
 
-# (arch, rows of a block, bytes a weight) at padded rank 256: exceptions to the rule. These keep their launches from spilling.
-TABLE: dict[tuple[str, int, int], Tile] = {
-    ("sm_100", 32, 1): Tile(32, 4, 3, 2),
+# (arch, rows of a block, bytes a weight, split) at padded rank 256: exceptions to the rule. These keep launches from spilling.
+TABLE: dict[tuple[str, int, int, bool], Tile] = {
+    ("sm_100", 32, 1, False): Tile(32, 4, 3, 2),
+    ("sm_89", 16, 1, True): Tile(32, 4, 2, 2),
 }
 
 INTERPRETER = Device("interpreter", 3, 1 << 20)
 KNOWN = {
     "sm_80": Device("sm_80", 108, 163 << 10),
     "sm_89": Device("sm_89", 128, 99 << 10),
-    "sm_90": Device("sm_90", 132, 227 << 10),
-    "sm_100": Device("sm_100", 148, 227 << 10),
-    "sm_120": Device("sm_120", 170, 99 << 10),
+    "sm_90": Device("sm_90", 132, 227 << 10, True),
+    "sm_100": Device("sm_100", 148, 227 << 10, True),
+    "sm_120": Device("sm_120", 170, 99 << 10, True),
     "gfx942": Device("gfx942", 304, 64 << 10),
 }
 
@@ -78,7 +85,14 @@ def device_of(device: torch.device) -> Device:
     if torch.version.hip is not None:
         return Device(name, found.multi_processor_count, 64 << 10)
     shared = getattr(found, "shared_memory_per_block_optin", 99 << 10)
-    return Device(f"sm_{found.major}{found.minor}", found.multi_processor_count, shared)
+    return Device(f"sm_{found.major}{found.minor}", found.multi_processor_count, shared, _overlaps(found.major))
+
+
+def _overlaps(major: int) -> bool:
+    """Programmatic dependent launch: Hopper and later, a Triton that has it, and CUDA 13, whose drivers capture it."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return major >= 9 and hasattr(CUDAOptions, "launch_pdl") and int((torch.version.cuda or "0").split(".")[0]) >= 13
 
 
 def unsupported(device: torch.device, rank: int, interpreting: bool) -> str | None:
@@ -114,7 +128,7 @@ def step_launch(device: Device, batch: int, vocab: int, rank: int, weight_bytes:
     if device.arch == "interpreter":
         block_rows = min(block_rows, 16)
     row_bytes = power_of_two(rank, 32) * max(weight_bytes, 1)
-    found = TABLE.get((device.arch, block_rows, weight_bytes)) if power_of_two(rank) == 256 and not split else None
+    found = TABLE.get((device.arch, block_rows, weight_bytes, split)) if power_of_two(rank) == 256 else None
     tile = found or (_streamed(row_bytes) if block_rows == 1 else _tiled(device, block_rows, row_bytes, rank, split))
     if device.arch == "interpreter":
         tile = Tile(32 if vocab < 512 else 256, 4, 1, 1)

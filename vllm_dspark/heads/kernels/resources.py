@@ -178,19 +178,19 @@ def launch_of(case: Case, device: Device, slots: int = 7) -> tuple[Any, Argument
         return linear.linear_kernel, linear.arguments(x, matrix, out, weights.outer_bias), 1
     if case.kernel in ("pool", "choose"):
         scratch, chosen = meta(1, dtype=torch.int64), meta(b, slots, 256, dtype=torch.int32)
-        launches = top.arguments(round.logits, round.index, 256, scratch, chosen, 0)
+        launches = top.arguments(round.logits, round.index, 256, scratch, chosen, 0, device)
         return (top.pool_kernel, launches[0], 1) if case.kernel == "pool" else (top.choose_kernel, launches[1], 1)
     if case.kernel == "candidates":
         chosen = meta(b, slots, 256, dtype=torch.int32)
         some = Candidates(256, meta(case.vocab, 64, dtype=torch.int32))
         written = meta(b, slots, some.most, dtype=torch.int32) if case.sampled else None
-        listed = candidates.arguments(weights, buffers, round, 1, some, chosen, written)
+        listed = candidates.arguments(weights, buffers, round, 1, some, chosen, written, device)
         return candidates.candidate_kernel, listed, 1
     size = 0 if weights.w2 is None else weights.w2.values.element_size()
     launch = step_launch(device, b, case.vocab, weights.rank, size, case.kind)
     if case.kernel == "advance":
-        return advance.advance_kernel, advance.arguments(weights, buffers, round, 1, launch.parts), 1
-    return step.step_kernel, step.arguments(weights, buffers, round, 1, launch), launch.resident
+        return advance.advance_kernel, advance.arguments(weights, buffers, round, 1, launch.parts, device), 1
+    return step.step_kernel, step.arguments(weights, buffers, round, 1, launch, device), launch.resident
 
 
 def compile_for(target: GPUTarget, kernel: Any, arguments: Arguments) -> Any:
@@ -214,7 +214,7 @@ def compile_for(target: GPUTarget, kernel: Any, arguments: Arguments) -> Any:
             signature[name] = "i32"
             if value % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
-    chosen = {name: value for name, value in options.items() if name.startswith("num_")}
+    chosen = {name: value for name, value in options.items() if name.startswith(("num_", "launch_"))}
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=chosen)
 
 

@@ -66,13 +66,13 @@ class FusedStage:
         launch = step_launch(self.device, batch, vocab, weights.rank, weight_bytes, weights.kind)
         for k in range(slots):
             if not launch.fused:
-                advance(weights, self.buffers, round, k, launch.parts)
-            step(weights, self.buffers, round, k, launch)
-        advance(weights, self.buffers, round, slots, launch.parts)
+                advance(weights, self.buffers, round, k, launch.parts, self.device)
+            step(weights, self.buffers, round, k, launch, self.device)
+        advance(weights, self.buffers, round, slots, launch.parts, self.device)
 
     def _draft_candidates(self, round: Round, candidates: Candidates) -> None:
         slots = round.logits.shape[1]
-        choose(round.logits, round.index, candidates.top, self._pool, self._chosen)
+        choose(round.logits, round.index, candidates.top, self._pool, self._chosen, self.device)
         written: Tensor | None = None
         if round.draws is not None and round.draws.processed is not None:
             written = self._written
@@ -80,9 +80,9 @@ class FusedStage:
         parts = candidate_parts(candidates)
         for k in range(slots):
             if self.weights.kind not in ("vanilla", "none"):
-                advance(self.weights, self.buffers, round, k, parts)
-            candidate_step(self.weights, self.buffers, round, k, candidates, self._chosen, written)
-        advance(self.weights, self.buffers, round, slots, parts)
+                advance(self.weights, self.buffers, round, k, parts, self.device)
+            candidate_step(self.weights, self.buffers, round, k, candidates, self._chosen, written, self.device)
+        advance(self.weights, self.buffers, round, slots, parts, self.device)
 
     def _before(self, round: Round) -> None:
         """All that needs hidden states alone."""

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from vllm_dspark.heads.kernels.buffers import Arguments, Buffers, strides
-from vllm_dspark.heads.kernels.common import dequantise, previous_tokens, product, record, request_slots, tanh
-from vllm_dspark.heads.kernels.launch import StepLaunch, ceiling, power_of_two
+from vllm_dspark.heads.kernels.common import dequantise, follow, previous_tokens, product, record, request_slots, tanh
+from vllm_dspark.heads.kernels.launch import Device, StepLaunch, ceiling, power_of_two
 from vllm_dspark.heads.kernels.narrow import digit_product, digits, half_product, halves
 from vllm_dspark.heads.kernels.noise import gumbel, hash_prefix
 from vllm_dspark.heads.kernels.pack import pack
@@ -79,10 +79,10 @@ def step_kernel(
     FIRST: tl.constexpr, FUSED: tl.constexpr, SAMPLED: tl.constexpr, FORMAT: tl.constexpr, SPLIT: tl.constexpr,
     SOFT_CAP: tl.constexpr, SCALE: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_PARTS: tl.constexpr, FILLED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    request, valid = request_slots(index, index_row, rows, batch)
     start = part * chunk
     end = tl.minimum(start + chunk, vocab)
     r = tl.arange(0, RANK_PAD)
@@ -90,6 +90,8 @@ def step_kernel(
     PREFETCH: tl.constexpr = BLOCK_ROWS == 1 and w2 is not None
     if PREFETCH:
         ahead = load_tile(w2, start + tl.arange(0, BLOCK_V), r, end, RANK, RANK_PAD)
+    follow(OVERLAP)
+    request, valid = request_slots(index, index_row, rows, batch)
     if FUSED:
         previous = previous_tokens(
             anchors, anchor_row, last_partials, parts, target_ids, vocab, rows, valid, FIRST, BLOCK_PARTS, FILLED
@@ -177,7 +179,7 @@ def splits(weights: HeadWeights) -> bool:
     return narrow or weights.kind in ("gated", "rnn")
 
 
-def arguments(weights: HeadWeights, buffers: Buffers, round: Round, k: int, launch: StepLaunch) -> Arguments:
+def arguments(weights: HeadWeights, buffers: Buffers, round: Round, k: int, launch: StepLaunch, device: Device) -> Arguments:
     """Grid, arguments and options of :func:`step`'s launch."""
     batch, slots, vocab = round.logits.shape
     w2, draws = weights.w2, round.draws
@@ -200,11 +202,11 @@ def arguments(weights: HeadWeights, buffers: Buffers, round: Round, k: int, laun
         "SOFT_CAP": weights.soft_cap, "SCALE": weights.scale, "RANK": weights.rank, "RANK_PAD": power_of_two(weights.rank, 32),
         "BLOCK_ROWS": launch.block_rows, "BLOCK_V": launch.block_vocab, "BLOCK_PARTS": power_of_two(launch.parts),
         "FILLED": min(power_of_two(batch), launch.block_rows),
-        "num_warps": launch.warps, "num_stages": launch.stages,
+        "num_warps": launch.warps, "num_stages": launch.stages, **device.follow(k > 0),
     }  # fmt: skip
 
 
-def step(weights: HeadWeights, buffers: Buffers, round: Round, k: int, launch: StepLaunch) -> None:
+def step(weights: HeadWeights, buffers: Buffers, round: Round, k: int, launch: StepLaunch, device: Device) -> None:
     """Leave the packed maxima of slot ``k`` of ``round`` in ``buffers.partials[k % 2]``."""
-    grid, values, options = arguments(weights, buffers, round, k, launch)
+    grid, values, options = arguments(weights, buffers, round, k, launch, device)
     step_kernel[grid](*values, **options)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vllm_dspark.heads.candidates import group_count
 from vllm_dspark.heads.kernels.buffers import Arguments, strides
-from vllm_dspark.heads.kernels.common import request_slots
+from vllm_dspark.heads.kernels.common import follow, request_slots
+from vllm_dspark.heads.kernels.launch import Device
 from vllm_dspark.heads.kernels.pack import pack, unpack
 
 POOL_ROWS = 1024  # rows (of a request and a slot) whose maxima are kept at once
@@ -25,8 +26,9 @@ _LOWEST = tl.constexpr(-(1 << 63))
 @triton.jit(do_not_specialize=["first", "batch"])
 def pool_kernel(
     base, base_row, base_slot, vocab, index, index_row, pool, first, batch, slots: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    follow(OVERLAP)
     row = first + tl.program_id(0)
     b = row // slots + tl.arange(0, 1)
     _, valid = request_slots(index, index_row, b, batch)
@@ -49,7 +51,9 @@ def pool_kernel(
 @triton.jit(do_not_specialize=["first", "batch"])
 def choose_kernel(
     pool, chosen, index, index_row, first, batch, slots: tl.constexpr, TOP: tl.constexpr, GROUPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    follow(OVERLAP)
     row = first + tl.program_id(0)
     b = row // slots + tl.arange(0, 1)
     _, valid = request_slots(index, index_row, b, batch)
@@ -71,7 +75,7 @@ def choose_kernel(
 
 
 def arguments(
-    base: Tensor, index: Tensor | None, top: int, pool: Tensor, chosen: Tensor, first: int
+    base: Tensor, index: Tensor | None, top: int, pool: Tensor, chosen: Tensor, first: int, device: Device
 ) -> tuple[Arguments, Arguments]:
     """Both launches of :func:`choose` for the rows from ``first`` on that the pool has room for."""
     batch, slots, vocab = base.shape
@@ -82,15 +86,15 @@ def arguments(
     return (
         (rows, groups // block),
         (base, *strides(base), vocab, index, index_row, pool, first, batch),
-        {"slots": slots, "GROUPS": groups, "BLOCK": block, "DEPTH": 8, "num_warps": 1},
+        {"slots": slots, "GROUPS": groups, "BLOCK": block, "DEPTH": 8, "num_warps": 1, **device.follow(False)},
     ), (
         (rows,),
         (pool, chosen, index, index_row, first, batch),
-        {"slots": slots, "TOP": top, "GROUPS": groups, "num_warps": 8},
+        {"slots": slots, "TOP": top, "GROUPS": groups, "num_warps": 8, **device.follow(True)},
     )
 
 
-def choose(base: Tensor, index: Tensor | None, top: int, pool: Tensor, chosen: Tensor) -> None:
+def choose(base: Tensor, index: Tensor | None, top: int, pool: Tensor, chosen: Tensor, device: Device) -> None:
     """Write the ids of every slot's candidates, unordered.
 
     Args:
@@ -98,6 +102,6 @@ def choose(base: Tensor, index: Tensor | None, top: int, pool: Tensor, chosen: T
         pool: scratch, ``[POOL_ROWS * group_count(top)]`` int64. chosen: out, ``[>= B, K, top]`` int32, contiguous.
     """
     for first in range(0, base.shape[0] * base.shape[1], POOL_ROWS):
-        pooled, chose = arguments(base, index, top, pool, chosen, first)
+        pooled, chose = arguments(base, index, top, pool, chosen, first, device)
         for kernel, (grid, values, options) in ((pool_kernel, pooled), (choose_kernel, chose)):
             kernel[grid](*values, **options)
