@@ -17,47 +17,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from kernels_model import SHAPES, SLOTS, Arm, Shape, cost
+from kernels_vllm import Sampler, sequence
 from torch import Tensor
-from torch.nn import functional as F
 
 from vllm_dspark.heads.candidates import Candidates
 from vllm_dspark.heads.choose import why_no_kernels
 from vllm_dspark.heads.modules import HeadKind, MarkovHead
 from vllm_dspark.heads.stage import Draws, EagerStage, Round
 from vllm_dspark.heads.weights import prepare
-from vllm_dspark.options import WeightFormat
 
-SLOTS = 7
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
-
-@dataclass(frozen=True)
-class Shape:
-    vocab: int
-    rank: int
-    hidden: int
-
-
-SHAPES = {"qwen3": Shape(151936, 256, 4096), "gemma4": Shape(262144, 256, 3840), "tiny": Shape(320, 32, 64)}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Peak rates for the predictions: bytes/s from memory and from the second-level cache, bf16 flop/s, operations/s of
-    the other units, cache bytes; and what is reached of them: a share, and microseconds from one graph node to the next."""
-
-    name: str
-    memory: float
-    cache_rate: float
-    flops: float
-    operations: float
-    cache: float
-    reached: float
-    node_us: float
-
-
-H200 = Machine("H200", 4.8e12, 5.5e12, 989e12, 29.6e12, 50e6, 0.9, 1.5)
-NOISE = 60  # operations that one logit's salted noise takes: a hash, a series, two logarithms, a division
 
 
 @dataclass
@@ -78,17 +48,6 @@ class Row:
     graph_cold_us: float | None = None
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A way to run the stage: which implementation, head, W2 format and number of candidates (0: the whole vocabulary)."""
-
-    name: str
-    implementation: str
-    kind: HeadKind = "vanilla"
-    format: WeightFormat = "native"
-    top: int = 0
-
-
 ARMS = (
     Arm("vllm sequence", "sequence"),
     Arm("vllm sequence, compiled", "compiled sequence"),
@@ -99,75 +58,6 @@ ARMS = (
     Arm("fused bf16 rnn", "fused", "rnn"),
     Arm("candidates 256", "fused", top=256),
 )
-
-
-# -- predictions --
-
-
-def traffic(arm: Arm, shape: Shape, batch: int, sampled: bool) -> tuple[int, int, int]:
-    """Bytes and flops a round, each operand read or written once a step by each kernel that touches it; and launches."""
-    weight = shape.vocab * shape.rank * (2 if arm.format == "native" else 1)
-    row = 2 * batch * shape.vocab  # one bf16 pass over the batch's logits
-    if arm.top:
-        step = batch * arm.top * (shape.rank * 2 + 2)
-        # Choosing them reads the base logits, in two launches; then: the last maxima, clearing, wiping.
-        return SLOTS * (step + row), 2 * SLOTS * batch * arm.top * shape.rank, SLOTS + 4 + sampled
-    flops = 2 * SLOTS * batch * shape.vocab * shape.rank
-    if arm.implementation == "fused":
-        two = arm.kind != "vanilla" or batch > 16
-        parts, columns = {"gated": (1, 1), "rnn": (3, 2)}.get(arm.kind, (0, 0))
-        gates = 2 * parts * shape.rank * (shape.hidden + SLOTS * columns * shape.rank)
-        launches = SLOTS * (2 if two else 1) + 2 + bool(parts)  # and: the last maxima, clearing, projections
-        return gates + SLOTS * (weight + row * (2 if sampled else 1)), flops, launches
-    compiled = arm.implementation == "compiled sequence"
-    # Bias written; read with the base logits and summed; read to sample (and, sampled, read again and cached).
-    passes = (3 if compiled else 4) + (1 if not sampled else 3)
-    return SLOTS * (weight + row * passes), flops, SLOTS * (5 if compiled else 9)
-
-
-def floor_us(arm: Arm, shape: Shape, batch: int, sampled: bool, machine: Machine = H200) -> float:
-    """The least time of a round. W2 that fits half the second-level cache may stay there after the first step."""
-    total, flops, _ = traffic(arm, shape, batch, sampled)
-    weight = 0 if arm.top else shape.vocab * shape.rank * (2 if arm.format == "native" else 1)
-    kept = weight * (SLOTS - 1) if weight <= machine.cache * 0.8 else 0
-    noise = SLOTS * batch * (arm.top or shape.vocab) * NOISE if sampled else 0
-    moved = (total - kept) / machine.memory + kept / machine.cache_rate
-    return 1e6 * max(moved, flops / machine.flops, noise / machine.operations)
-
-
-# -- arms --
-
-
-def sequence(head: MarkovHead, round: Round, sample: Callable[[Tensor, int], Tensor] | None) -> None:
-    """The operators of vLLM 0.32's DSparkSpeculator._sample_sequential, vanilla head."""
-    previous = round.anchors
-    for k in range(round.logits.shape[1]):
-        bias = F.linear(F.embedding(previous, head.markov_w1.weight), head.markov_w2.weight)
-        logits = round.logits[:, k] + bias
-        previous = logits.argmax(-1) if sample is None else sample(logits, k)
-        round.tokens[:, k] = previous
-
-
-class SamplerStandIn:
-    """vLLM's two-stage Gumbel sampler: our own step without W2 reads, writes and hashes what it does."""
-
-    def __init__(self, batch: int, draws: Draws, device: torch.device) -> None:
-        from vllm_dspark.heads.kernels.stage import FusedStage
-
-        bare = prepare(None, None)
-        self.stage = FusedStage(bare, batch, 1, device)
-        self.draws = draws
-        self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.anchors = torch.zeros(batch, dtype=torch.int64, device=device)
-
-    def __call__(self, logits: Tensor, k: int) -> Tensor:
-        assert self.draws.processed is not None
-        draws = Draws(
-            self.draws.temperature, self.draws.seeds, self.draws.positions[:, k : k + 1], None,
-            self.draws.processed[:, k : k + 1],
-        )  # fmt: skip
-        self.stage.draft(Round(None, logits.unsqueeze(1), self.anchors, self.tokens, draws=draws))
-        return self.tokens[:, 0]
 
 
 class Bench:
@@ -209,7 +99,7 @@ class Bench:
                 self.round.draws.processed.fill_(-torch.inf)
             return lambda: stage.draft(self.round)
         draws = self.round.draws
-        sample = None if draws is None else SamplerStandIn(self.batch, draws, self.device)
+        sample = None if draws is None else Sampler(self.batch, draws, self.device)
         run = torch.compile(sequence) if arm.implementation == "compiled sequence" else sequence
         return lambda: run(self.heads["vanilla"], self.round, sample)
 
@@ -259,6 +149,19 @@ def measure(row: Row, run: Callable[[], None], device: torch.device) -> None:
 
     row.graph_us = timed(replay, 20, None) / inner
     row.graph_cold_us = timed(graph.replay, 20, flush)
+
+
+def fill(row: Row, bench: Bench, arm: Arm) -> None:
+    """Measure ``arm``; torch.compile may fail on a kernel that is not torch's, which leaves its columns empty."""
+    name = f"{row.shape} B={row.batch} {'sampled' if row.sampled else 'greedy'} {arm.name}"
+    try:
+        run = bench.arm(arm)
+        print(f"{name}: first tokens agree in {bench.agreement(arm, run):.1%}", flush=True)
+        measure(row, run, bench.device)
+    except Exception as error:
+        if arm.implementation != "compiled sequence":
+            raise
+        print(f"{name}: not measured, {type(error).__name__}: {error}", flush=True)
 
 
 # -- report --
@@ -320,14 +223,13 @@ def main() -> None:
             for sampled in (False, True):
                 bench = Bench(SHAPES[name], batch, sampled, device) if measuring else None
                 for arm in ARMS:
-                    total, flops, launches = traffic(arm, SHAPES[name], batch, sampled)
-                    least = floor_us(arm, SHAPES[name], batch, sampled)
-                    predicted = least / H200.reached + launches * H200.node_us
-                    row = Row(arm.name, name, batch, sampled, total, flops, round(least, 1), launches, round(predicted, 1))
-                    if bench is not None and not (sampled and arm.implementation == "compiled sequence"):
-                        run = bench.arm(arm)
-                        print(f"{name} B={batch} {arm.name}: first tokens agree in {bench.agreement(arm, run):.1%}", flush=True)
-                        measure(row, run, device)
+                    c = cost(arm, SHAPES[name], batch, sampled)
+                    row = Row(
+                        arm.name, name, batch, sampled, c.bytes, c.flops, round(c.floor_us(), 1), c.launches,
+                        round(c.predicted_us(), 1),
+                    )  # fmt: skip
+                    if bench is not None:
+                        fill(row, bench, arm)
                     rows.append(row)
     print(table(rows))
     if options.dry:

@@ -11,6 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vllm_dspark"
 FLOORS = {
+    "kinds": -1,
     "demo": 0,
     "options": 0,
     "heads": 1,
@@ -23,7 +24,7 @@ FLOORS = {
     "__main__": 5,
 }
 VLLM_ROOMS = {"engine", "cli"}
-LIGHT_ROOMS = {"options", "checkpoint", "plugin"}  # imported in every vLLM process, so neither torch nor vllm at module level
+LIGHT_ROOMS = {"kinds", "options", "checkpoint", "plugin"}  # in every vLLM process, so neither torch nor vllm at module level
 
 
 class Import(NamedTuple):

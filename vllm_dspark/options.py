@@ -5,15 +5,14 @@ A request has its own few: ``SamplingParams.extra_args``, or ``vllm_xargs`` in a
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from vllm_dspark.kinds import Implementation, PolicyKind, WeightFormat
+
 KEY = "dspark"
 PREFIX = "dspark_"  # of the keys a request may carry
-PolicyKind = Literal["adaptive", "fixed", "off"]
-WeightFormat = Literal["native", "int8", "fp8"]
-Implementation = Literal["auto", "fused", "compiled", "eager"]
 
 
 class _Options(BaseModel):

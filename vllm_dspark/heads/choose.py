@@ -10,7 +10,7 @@ import torch
 from vllm_dspark.heads.candidates import Candidates
 from vllm_dspark.heads.stage import EagerStage, Stage
 from vllm_dspark.heads.weights import HeadWeights
-from vllm_dspark.options import Implementation
+from vllm_dspark.kinds import Implementation
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 

@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from vllm_dspark.options import WeightFormat
+from vllm_dspark.kinds import WeightFormat
 
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 _LARGEST = {"int8": 127.0, "fp8": torch.finfo(torch.float8_e4m3fn).max}

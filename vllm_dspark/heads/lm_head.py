@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_dspark.heads.choose import why_no_kernels
 from vllm_dspark.heads.formats import report, store
-from vllm_dspark.options import WeightFormat
+from vllm_dspark.kinds import WeightFormat
 
 logger = logging.getLogger("vllm.dspark")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vllm_dspark.heads.formats import Stored, acceptance, report, store
 from vllm_dspark.heads.modules import ConfidenceHead, HeadKind, MarkovHead
-from vllm_dspark.options import WeightFormat
+from vllm_dspark.kinds import WeightFormat
 
 logger = logging.getLogger("vllm.dspark")
 

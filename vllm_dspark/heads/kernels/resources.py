@@ -27,7 +27,7 @@ from vllm_dspark.heads.kernels.launch import KNOWN, Device, step_launch
 from vllm_dspark.heads.modules import HeadKind
 from vllm_dspark.heads.stage import Draws, Round
 from vllm_dspark.heads.weights import HeadWeights
-from vllm_dspark.options import WeightFormat
+from vllm_dspark.kinds import WeightFormat
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
