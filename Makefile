@@ -5,7 +5,7 @@ PY := .venv/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-vllm contracts lint bench lock clean
+.PHONY: help setup demo test test-slow test-gpu test-vllm contracts lint bench lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do printf '%-10s %s\n' "$$name" "$$what"; done
@@ -21,6 +21,10 @@ test: setup ## run the test suite
 
 test-slow: setup ## run the tests that take minutes
 	@$(PY) -m pytest -m slow $(ARGS)
+
+test-gpu: ## run the kernels' tests in full on a GPU, with an interpreter that can use it: make test-gpu PY=python
+	@$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no GPU that this PyTorch can use: nothing was tested')"
+	@$(PY) -m pytest -m "slow or not slow" tests/heads/kernels $(ARGS)
 
 test-vllm: setup ## run vLLM's own tests of what the plugin touches, with the plugin active
 	@PY=$(PY) tools/vllm_tests.sh $(ARGS)

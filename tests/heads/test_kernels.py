@@ -58,7 +58,7 @@ def compiled(*arguments: str) -> None:
 
 
 def test_compiled_for_gpus_that_are_not_here():
-    compiled("--quick", "sm_80", "sm_90", "sm_100", "gfx942")
+    compiled("--quick", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 def test_a_launch_asks_for_weights_before_it_waits_for_the_last_one():
