@@ -1,13 +1,16 @@
 """Which implementation is built, and that the log says which and why in one line."""
 
 import logging
+import shutil
+from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from vllm_dspark.heads import choose
 from vllm_dspark.heads.candidates import Candidates
-from vllm_dspark.heads.modules import MarkovHead
+from vllm_dspark.heads.modules import ConfidenceHead, MarkovHead
 from vllm_dspark.heads.stage import Draws, EagerStage, Round
 from vllm_dspark.heads.weights import prepare
 
@@ -53,6 +56,29 @@ def test_what_cannot_run_is_refused_when_it_is_asked_for(weights, monkeypatch):
         choose.build_stage(weights, 4, 3, CPU, implementation="fused")
     with pytest.raises(ValueError, match="'fast'; expected one of auto, fused, compiled, eager"):
         choose.build_stage(weights, 4, 3, CPU, implementation="fast")
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler here")
+def test_the_compiled_stage_drafts_what_the_eager_one_does(said):
+    """For any batch, without compiling once a slot or a size; greedy and sampled rows."""
+    torch.manual_seed(0)
+    weights = prepare(MarkovHead("rnn", 31, 31, 4, 8).requires_grad_(False), ConfidenceHead(8, 4, True).requires_grad_(False))
+    torch._dynamo.reset()
+    counters.clear()
+    rounds: list[list[torch.Tensor]] = [[], []]
+    for found, implementation in zip(rounds, ("eager", "compiled"), strict=True):
+        stage = choose.build_stage(weights, 8, 3, CPU, implementation=implementation)
+        for batch in (2, 5, 7, 1):
+            random = partial(torch.randn, generator=torch.Generator().manual_seed(batch))
+            tokens, confidences = torch.full((batch, 3), -1), torch.zeros(batch, 3)
+            draws = Draws((torch.arange(batch) % 2).float(), torch.arange(batch), torch.arange(batch * 3).view(batch, 3) + 1)
+            hidden, logits = random(batch, 3, 8), random(batch, 3, 31)
+            stage.draft(Round(hidden, logits, torch.arange(batch), tokens, confidences, draws=draws))
+            found += [tokens, confidences]
+    assert said()[1].startswith("sequential stage: torch.compile, because sequential_stage='compiled'; rnn head of rank 4")
+    for eager, compiled in zip(*rounds, strict=True):
+        torch.testing.assert_close(compiled, eager)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2, "one graph for any batch, one for a batch of one"
 
 
 def test_a_rank_beyond_the_kernels_is_a_reason():

@@ -116,7 +116,10 @@ class EagerStage:
         if weights.outer is not None:
             assert round.hidden is not None
             projected = F.linear(round.hidden.float(), weights.outer.float(), _float(weights.outer_bias))
-        previous, state, before, peaks = _kept(real, round.anchors.long(), 0), None, [], []
+        previous, before, peaks = _kept(real, round.anchors.long(), 0), [], []
+        state = None
+        if weights.kind == "rnn":
+            state = torch.zeros(batch, weights.rank, device=round.logits.device)
         for k in range(slots):
             before.append(previous)
             z, state = self._correct(previous, round.logits[:, k], None if projected is None else projected[:, k], state)
@@ -153,7 +156,7 @@ class EagerStage:
             if weights.kind == "gated":
                 code = torch.sigmoid(projected + F.linear(e, inner)) * e
             else:
-                state = torch.zeros_like(e) if state is None else state
+                assert state is not None
                 keep, fresh, shown = (projected + F.linear(torch.cat((state, e), -1), inner)).chunk(3, dim=-1)
                 keep = torch.sigmoid(keep)
                 state = keep * state + (1 - keep) * torch.tanh(fresh)
