@@ -51,8 +51,11 @@ class QuantisedHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits ``[M, V_draft]`` of ``hidden`` ``[M, d]``."""
-        from vllm_dspark.heads.kernels.linear import linear
+        from vllm_dspark.heads.kernels.linear import halved, linear
 
+        unit = None
+        if self.stored.format == "fp8" and hidden.dtype == torch.bfloat16:
+            hidden, unit = halved(hidden)
         out = hidden.new_empty(hidden.shape[0], len(self.stored.values), dtype=self.dtype)
-        linear(hidden, self.stored, out, None, self.soft_cap, self.scale)
+        linear(hidden, self.stored, out, None, self.soft_cap, self.scale, unit)
         return out

@@ -8,7 +8,7 @@ from parity import DEVICE
 
 from vllm_dspark.heads.formats import WEIGHT_FORMATS, Stored, store
 from vllm_dspark.heads.kernels.confidence import hidden_confidences
-from vllm_dspark.heads.kernels.linear import linear
+from vllm_dspark.heads.kernels.linear import halved, linear
 from vllm_dspark.heads.lm_head import QuantisedHead
 
 
@@ -42,6 +42,22 @@ def test_a_quantised_lm_head_caps_and_scales(format):
     raw = hidden.double() @ store(weight, format).dequantise().double().T
     assert raw.abs().max() > 12
     close(head(hidden.to(DEVICE)).cpu(), torch.tanh(raw / 6) * 6 * 0.5, 6e-3)  # Triton's interpreter truncates to bfloat16
+
+
+def test_activations_of_any_magnitude_fit_halves():
+    """Products of halves and units are those of the bfloat16 values; a row that is no number stays none."""
+    torch.manual_seed(0)
+    x = (torch.randn(9, 150) * torch.logspace(-20, 20, 9)[:, None]).bfloat16()
+    x[2], x[4, 7] = 0.0, float("nan")
+    stored = store(torch.randn(37, 150).bfloat16().to(DEVICE), "fp8")
+    half, unit = halved(x.to(DEVICE))
+    out = torch.full((9, 37), float("nan"), device=DEVICE)
+    linear(half, stored, out, unit=unit)
+    found, expected = out.cpu().double(), x.double() @ stored.dequantise().double().cpu().T
+    assert bool((found[2] == 0).all())
+    assert bool(found[4].isnan().all())
+    for row in (0, 1, 3, 5, 6, 7, 8):
+        close(found[row], expected[row])
 
 
 @pytest.mark.parametrize("converted", [False, True], ids=["from bits", "by the device"])

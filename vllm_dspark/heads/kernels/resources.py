@@ -175,7 +175,10 @@ def launch_of(case: Case, device: Device, slots: int = 7) -> tuple[Any, Argument
         head = Stored(meta(case.vocab, HIDDEN, dtype=e4m3(device)), meta(case.vocab, dtype=torch.float32), "fp8")
         matrix = head if weights.outer is None else Stored(weights.outer, None, "native")
         out = meta(b * slots, len(matrix.values), dtype=case.dtype if weights.outer is None else torch.float32)
-        return linear.linear_kernel, linear.arguments(x, matrix, out, weights.outer_bias), 1
+        unit = None
+        if weights.outer is None and case.dtype == torch.bfloat16:
+            x, unit = meta(b * slots, HIDDEN, dtype=torch.float16), meta(b * slots, dtype=torch.float32)
+        return linear.linear_kernel, linear.arguments(x, matrix, out, weights.outer_bias, unit=unit), 1
     if case.kernel in ("pool", "choose"):
         scratch, chosen = meta(1, dtype=torch.int64), meta(b, slots, 256, dtype=torch.int32)
         launches = top.arguments(round.logits, round.index, 256, scratch, chosen, 0, device)

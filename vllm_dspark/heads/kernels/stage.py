@@ -1,4 +1,10 @@
-"""The fused sequential stage: one launch a step for vanilla heads at small batches or over candidates, two otherwise."""
+"""The fused sequential stage: one launch a step for vanilla heads at small batches or over candidates, two otherwise.
+
+Not one launch for all steps: its programs would have to meet between steps at a barrier in memory, all of them resident, which
+no graph of an engine promises, to save what overlapping launches save as well (``common.follow``): the time between a step's
+last maximum and the next step's first tile. What only one launch could do, keep W2 on the multiprocessors, needs 39 MB or less
+in 30 MB of shared memory that Triton does not let a program address by itself.
+"""
 
 import torch
 from torch import Tensor

@@ -201,7 +201,7 @@ def arguments(weights: HeadWeights, buffers: Buffers, round: Round, k: int, laun
         "FORMAT": "native" if w2 is None else w2.format, "SPLIT": splits(weights),
         "SOFT_CAP": weights.soft_cap, "SCALE": weights.scale, "RANK": weights.rank, "RANK_PAD": power_of_two(weights.rank, 32),
         "BLOCK_ROWS": launch.block_rows, "BLOCK_V": launch.block_vocab, "BLOCK_PARTS": power_of_two(launch.parts),
-        "FILLED": min(power_of_two(batch), launch.block_rows),
+        "FILLED": launch.block_rows if k == 0 else min(power_of_two(batch), launch.block_rows),
         "num_warps": launch.warps, "num_stages": launch.stages, **device.follow(k > 0),
     }  # fmt: skip
 
