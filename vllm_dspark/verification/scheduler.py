@@ -115,17 +115,19 @@ def carry(stale: Survival, seconds: Floats, tokens: float, caps: NDArray[np.inte
 
     Args:
         stale: ``(R, γ)``, of earlier rounds. exact: they stand for this round's well enough to spend the budget whole;
-            otherwise only what lies above the survival it ended at is carried.
+            otherwise a draft is carried only if it is worth what one behind the stop costs on average.
     """
     slots, count = eligible(stale, caps)
     ranked = descending(slots, count)
     theta = throughputs(ranked, seconds, tokens)
     best = int(theta.argmax())
-    stops = np.flatnonzero(theta[1:] <= theta[:-1])
-    walked = int(stops[0]) if stops.size else int(ranked.size)
-    if best <= walked or theta[best] <= 1.005 * theta[walked]:
+    steps = np.diff(seconds[: best + 1])
+    cliffs = np.flatnonzero(steps > 2.0 * steps.mean()) if best else steps
+    if not cliffs.size:
         return np.inf, 0
-    return (0.0 if exact else float(ranked[best - 1]) * 0.999), best
+    last = int(cliffs[-1])
+    price = float(theta[best] * (seconds[best] - seconds[last])) / (best - last)
+    return (0.0 if exact else min(price, float(ranked[best - 1]) * 0.999)), best
 
 
 def asynchronous(survival: Survival, drafts: int, caps: NDArray[np.integer] | None = None) -> Lengths:
