@@ -5,6 +5,7 @@ n of them and every survival threshold v (verify what exceeds v), Θ(n, v) = (to
 draft(n)) is compared with Θ of drafting nothing. Everything here comes from past rounds, loads and contexts.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,6 @@ from vllm_dspark.verification.records import Rows
 from vllm_dspark.verification.survival import Floats
 
 _COUNTS = 24  # numbers of drafting requests that are compared, besides none
-_SURE = 1.0  # standard deviations of the cost model's error that a promised gain must exceed
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,14 @@ class Choice:
         """log(best / off); -inf if nothing can draft."""
         return float(np.log(self.best / self.off)) if self.best > 0 else -np.inf
 
-    def margin(self, most: float) -> float:
-        """Gain (log) below which a promise is not believed."""
-        return min(_SURE * self.deviation, most)
+    def margin(self, most: float, doubt: float) -> float:
+        """Gain (log) below which a promise is not believed: one standard deviation of its error, at most ``most``.
+
+        Args:
+            doubt: standard deviation of log(drafts accepted / drafts expected to be).
+        """
+        drafts = max(1.0 - self.off / self.best, 0.0) if self.best > 0 else 0.0
+        return min(math.hypot(self.deviation, drafts * doubt), most)
 
     def explain(self) -> dict[str, Any]:
         """The numbers, by name."""

@@ -5,6 +5,7 @@ balance may fall below zero only by a few rounds; below that, drafting stops unt
 has made up for it. Whatever the estimates get wrong about the future, past losses stay bounded.
 """
 
+import math
 from dataclasses import dataclass
 
 _LUCK = 30.0  # expected drafts of a round at which its outcome counts as much as what was expected
@@ -83,6 +84,11 @@ class Yield:
 
     def __init__(self) -> None:
         self.accepted = self.expected = 20.0
+
+    @property
+    def doubt(self) -> float:
+        """Standard deviation of log(accepted / expected)."""
+        return 1.0 / math.sqrt(self.expected)
 
     def learn(self, expected: float, accepted: float) -> None:
         """Drafts that were expected to be accepted, and that were, of requests whose outcomes are known."""

@@ -38,7 +38,6 @@ MANY = 16  # requests from which their last survivals together stand for this ro
 _CHECK = 8  # rounds between two that only measure what not drafting takes
 _STALL = 1.25  # longest that a stalled step counts against drafting, times what was expected
 _SHARED = 0.7  # largest error (log) of the expected time that is put down to the machine being slower or faster today
-_LINGER, _PATIENCE = 0.04, 32  # promised loss (log) at which drafting goes on for so many rounds, if earlier gains pay for it
 NOBODY: Rows = np.zeros(0, dtype=np.int64)
 
 
@@ -75,7 +74,6 @@ class Policy:
         self._checked = -_CHECK
         self._explored = self._floor_age = 0
         self._floor, self._yield = NO_FLOOR, Yield()
-        self._paid = -_PATIENCE  # the last round in which it did
         if cost is None and self.options.policy == "adaptive":
             self._fail("there is no cost table")
 
@@ -172,9 +170,9 @@ class Policy:
         found, rows = self._compare(self.cost, plan, rows)
         reason = self._judge(found)
         if reason == "pays":
-            self._price, self._paid = found.threshold, self.round
+            self._price = found.threshold
         most = found.count if self.history.drafted >= _TRIAL else min(found.count, _TRIAL)
-        on = rows[:most] if reason in ("pays", "may pay again") else NOBODY
+        on = rows[:most] if reason == "pays" else NOBODY
         self.probing.decided(plan.slots[rows], plan.slots[on], self.round)
         probes = NOBODY if reason == "measuring no drafting" else self._probes(self.cost, plan, rows[on.size :], on.size)
         if probes.size and not on.size:
@@ -198,10 +196,8 @@ class Policy:
         return found, rows
 
     def _judge(self, found: Choice) -> str:
-        if found.count == 0 or found.gain <= found.margin(self.options.margin):
-            lately = self.round - self._paid <= _PATIENCE  # the next text may be easier, and looking again is dear
-            lingers = lately and found.gain > -_LINGER and self.ledger.balance > 0
-            return "may pay again" if lingers else "does not pay"
+        if found.count == 0 or found.gain <= found.margin(self.options.margin, self._yield.doubt):
+            return "does not pay"
         if not self.ledger.may_speculate():
             return "guarded"
         doubtful = found.gain < 2.0 * found.deviation and found.deviation > 0.03
@@ -387,7 +383,7 @@ class Policy:
         }
         numbers |= self.ledger.explain()
         if self._choice is not None:
-            numbers |= self._choice.explain() | {"margin": self._choice.margin(self.options.margin)}
+            numbers |= self._choice.explain() | {"margin": self._choice.margin(self.options.margin, self._yield.doubt)}
         if self.cost is not None:
             numbers |= {"target_error": self.cost.target.error(), "draft_error": self.cost.draft.error()}
         return numbers

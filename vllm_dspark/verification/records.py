@@ -34,7 +34,7 @@ class PolicyOptions:
     min_tokens_per_second_per_request: float | None = None
     probe_share: float = 0.01
     loss_share: float = 0.01
-    margin: float = 0.03
+    margin: float = 0.04
     fallback: Literal["off", "fixed"] = "off"
 
     def __post_init__(self) -> None:
