@@ -1,5 +1,7 @@
 """The simulator serves what it is given and prices the other arms on the same rounds."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -65,3 +67,14 @@ def test_trace_files(tmp_path, caplog):
     (tmp_path / "t.json").write_text(text.replace('"prose"', '"verse"', 1))
     assert traces.Trace.load(tmp_path / "t.json") is None
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("users", [1, 4])
+def test_what_other_arms_would_have_taken_is_what_they_take(users):
+    """Requests whose tokens differ in price and in difficulty: adding up the rounds that another arm played would mislead."""
+    table = dataclasses.replace(TABLE, per_context=2e-7)
+    trace = traces.synthetic(40, ["records", "prose"], tokens=150, context=(128, 131072), seed=4)
+    played = simulate(trace, World(table), PolicyOptions(policy="fixed", fixed_drafts=7), concurrency=users)
+    for arm, options in (("off", PolicyOptions(policy="off")), ("fixed 2", PolicyOptions(policy="fixed", fixed_drafts=2))):
+        own = simulate(trace, World(table), options, concurrency=users)
+        assert played.arms[arm].throughput == pytest.approx(own.policy.throughput, rel=0.03), arm

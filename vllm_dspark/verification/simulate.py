@@ -1,7 +1,9 @@
 """Replay a workload through the policy: no model, no engine, the policy's own code.
 
 Per round the true costs and acceptances also tell what not drafting, every fixed k and an oracle would have made of the very
-same round, so regret is measured on equal terms and without the noise of sampled outcomes.
+same round. From that comes what each of them would have taken for the same tokens of the same requests: regret is measured on
+equal terms and without the noise of sampled outcomes. Adding up the rounds would not do: drafting where a token is dear (long
+context) leaves the other arms with the same rounds, but not with the same work.
 """
 
 from collections import deque
@@ -57,7 +59,8 @@ class Result:
     """What a run brought.
 
     Attributes:
-        policy: expected tokens over true time. arms: the same rounds under "off", "fixed 1" … "fixed γ", and "oracle".
+        policy: expected tokens over true time. arms: the same tokens of the same requests, and the time they would have taken
+            under "off", "fixed 1" … "fixed γ", and "oracle".
         emitted: tokens really produced. rounds, drafted, verified, accepted: counts. probing: seconds that probes added.
         lengths: how often a drafting request had 0…γ drafts verified. speeds: tokens per second of every finished request.
         reasons: rounds by the policy's reason. explained: the last decision's numbers.
@@ -77,12 +80,12 @@ class Result:
     explained: dict[str, Any] = field(default_factory=dict)
 
     def regret(self, arm: str) -> float:
-        """Share of the arm's throughput that the policy missed on the same rounds; negative where the policy did better."""
+        """Share of the arm's throughput that the policy missed on the same tokens; negative where the policy did better."""
         return 1.0 - self.policy.throughput / self.arms[arm].throughput
 
     @property
     def best_fixed(self) -> str:
-        """The fixed k with the largest throughput on these rounds; empty if no other arm was priced."""
+        """The fixed k with the largest throughput on these tokens; empty if no other arm was priced."""
         fixed = [name for name in self.arms if name.startswith("fixed")]
         return max(fixed, key=lambda name: self.arms[name].throughput, default="")
 
@@ -101,10 +104,18 @@ class Result:
 
 
 class _Active:
-    """Requests being served, as arrays."""
+    """Requests being served, as arrays.
 
-    def __init__(self, trace: Trace) -> None:
+    Attributes:
+        yields, seconds: per request, domain and arm (the policy is the last), ``(R, domains, arms)``: expected tokens of the
+            request in the rounds played so far, and its share of their time.
+    """
+
+    def __init__(self, trace: Trace, arms: int) -> None:
+        """Args: arms: how many are priced beside the policy."""
         self.trace = trace
+        self.yields = np.zeros((0, len(trace.domains), arms + 1))
+        self.seconds = self.yields.copy()
         self.index = {name: place for place, name in enumerate(trace.domains)}
         self.names: list[str] = []
         self.numbers = np.zeros(0, dtype=np.int64)
@@ -121,11 +132,24 @@ class _Active:
         self.contexts = np.append(self.contexts, request.context)
         self.wanted = np.append(self.wanted, request.tokens)
         self.started = np.append(self.started, now)
+        fresh = np.zeros((1, *self.yields.shape[1:]))
+        self.yields, self.seconds = np.concatenate([self.yields, fresh]), np.concatenate([self.seconds, fresh])
+
+    def price(self, domains: NDArray[np.int64], yields: Floats, seconds: Floats) -> None:
+        """One round: tokens of each request under each arm, ``(R, arms)``, and the round's time, ``(arms,)``."""
+        rows = np.arange(domains.size)
+        self.yields[rows, domains] += yields
+        self.seconds[rows, domains] += seconds / domains.size
+
+    def same_tokens(self) -> Floats:
+        """Seconds each arm would have taken for what each request produced under the policy, ``(R, arms)``."""
+        rounds = self.yields[..., -1:] / np.maximum(self.yields, 1.0)  # an arm goes through a domain at its own mean pace
+        return np.asarray((rounds * self.seconds).sum(axis=1))
 
     def leave(self, done: NDArray[np.bool_]) -> list[str]:
         gone = [name for name, out in zip(self.names, done, strict=True) if out]
         self.names = [name for name, out in zip(self.names, done, strict=True) if not out]
-        for array in ("numbers", "produced", "contexts", "wanted", "started"):
+        for array in ("numbers", "produced", "contexts", "wanted", "started", "yields", "seconds"):
             setattr(self, array, getattr(self, array)[~done])
         return gone
 
@@ -178,12 +202,12 @@ class _Run:
         self.truth = CostModel(world.table, concurrency * (trace.width + 1), concurrency)
         self.drafter = Drafter(trace, seed)
         self.rng = np.random.default_rng(seed + 1)
-        self.active = _Active(trace)
         self.waiting = deque(range(len(trace.requests)))
         self.joined = 0
         self.now = 0.0
         self.drafting = False
         arms = ["off", *(f"fixed {k}" for k in range(1, trace.width + 1)), "oracle"] if counterfactual else []
+        self.active = _Active(trace, len(arms))
         self.result = Result(Tally(), {name: Tally() for name in arms}, lengths=[0] * (trace.width + 1))
 
     def run(self) -> Result:
@@ -196,6 +220,7 @@ class _Run:
                 self.now = self.trace.requests[self.waiting[0]].arrival
                 continue
             self._round()
+        self._settle(np.ones(len(self.active.names), dtype=bool))
         result.probing = self.policy.ledger.probing
         result.reasons = dict(self.policy.counters)
         result.explained = self.policy.explain()
@@ -224,11 +249,11 @@ class _Run:
                 result.lengths[int(length)] += int(count)
         accepted = np.minimum(would, lengths)
         timing = self._time(lengths, self._forward(decision))
-        taken = survival[np.arange(self.trace.width) < lengths[:, None]]
+        taken = np.where(np.arange(self.trace.width) < lengths[:, None], survival, 0.0)
         seconds = timing.target_seconds + timing.draft_seconds
         result.policy.add(lengths.size + float(taken.sum()), seconds)
         if self.counterfactual:
-            self._other_arms(survival)
+            self._price(domains, survival, 1.0 + taken.sum(axis=1), seconds)
         self._learn(decision, confidences, lengths, accepted, timing)
         self.now += seconds
         result.rounds += 1
@@ -275,27 +300,29 @@ class _Run:
             timing.drafted, timing.draft_context, timing.draft_seconds * float(draft),
         )  # fmt: skip
 
-    def _other_arms(self, survival: Floats) -> None:
-        """Price the same round as every other arm would have run it."""
+    def _price(self, domains: NDArray[np.int64], survival: Floats, made: Floats, spent: float) -> None:
+        """Price the same round as every other arm would have run it; the policy's expected to produce ``made``, ``(R,)``."""
         requests, width = survival.shape
-        contexts = self.active.contexts
-        total = float(contexts.sum())
+        total = float(self.active.contexts.sum())
         k = np.arange(width + 1)
-        tokens = requests * (1.0 + k)
-        seconds = self.truth.at(tokens, requests, total, (1.0 + k) * total)
+        seconds = self.truth.at(requests * (1.0 + k), requests, total, (1.0 + k) * total)
         draft = float(self.truth.drafting(requests, total))
         seconds = seconds + np.where(k > 0, draft, self.truth.upkeep(requests))
-        yields = requests + np.concatenate([[0.0], np.cumsum(survival.sum(axis=0))])
-        arms = self.result.arms
-        arms["off"].add(requests, float(seconds[0]))
-        for length in k[1:].tolist():
-            arms[f"fixed {length}"].add(float(yields[length]), float(seconds[length]))
+        fixed = 1.0 + np.concatenate([np.zeros((requests, 1)), np.cumsum(survival, axis=1)], axis=1)
         curve = self.truth.curve(requests, requests * width, requests, total) + draft
-        budget, ranked = scheduler.search(survival.astype(np.float32), curve, requests)
-        if budget.throughput > requests / seconds[0]:
-            arms["oracle"].add(requests + float(ranked[: budget.drafts].sum()), float(curve[budget.drafts]))
-        else:
-            arms["oracle"].add(requests, float(seconds[0]))
+        budget, _ = scheduler.search(survival.astype(np.float32), curve, requests)
+        oracle, best = fixed[:, 0], float(seconds[0])
+        if budget.throughput > requests / best:
+            lengths = scheduler.asynchronous(survival.astype(np.float32), budget.drafts)
+            oracle, best = fixed[np.arange(requests), lengths], float(curve[budget.drafts])
+        self.active.price(domains, np.column_stack([fixed, oracle, made]), np.concatenate([seconds, [best, spent]]))
+
+    def _settle(self, done: NDArray[np.bool_]) -> None:
+        """Add up what the other arms would have taken for these requests."""
+        times = self.active.same_tokens()[done].sum(axis=0)
+        tokens = float(self.active.yields[done, :, -1].sum())
+        for tally, spent in zip(self.result.arms.values(), times.tolist(), strict=False):
+            tally.add(tokens, spent)
 
     def _advance(self, accepted: NDArray[np.int64]) -> None:
         active = self.active
@@ -305,6 +332,7 @@ class _Run:
         if done.any():
             spent = self.now - active.started[done]
             self.result.speeds.extend((active.produced[done] / np.maximum(spent, 1e-12)).tolist())
+            self._settle(done)
             self.policy.finish(active.leave(done))
 
 
