@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 from v2_world import FLAT, STEEP, WIDTH, World
@@ -105,6 +106,29 @@ def test_drafts_of_a_request_that_was_preempted_are_not_verified() -> None:
     world.rounds.announce("a", None)
     assert world.step(0.9).tolist() == [0, WIDTH]
     assert world.step(0.9).tolist() == [WIDTH, WIDTH]
+
+
+def test_a_request_that_comes_back_under_its_name_brings_its_own_options() -> None:
+    """The batch looks as it did, but one of its requests is another."""
+    world = World(policy="fixed")
+    world.rounds.announce("a", {"dspark_max_draft_tokens": 1})
+    world.play(3, 0.9)
+    assert world.step(0.9).tolist() == [1, WIDTH]
+    world.rounds.announce("a", {"dspark_policy": "off"})
+    world.play(2, 0.9)
+    assert world.step(0.9).tolist() == [0, WIDTH]
+    world.rounds.announce("a", None)
+    world.play(2, 0.9)
+    assert world.step(0.9).tolist() == [WIDTH, WIDTH]
+
+
+@pytest.mark.parametrize(("most", "drafting"), [(0, False), (2, True)])
+def test_nobody_drafts_more_than_the_scheduler_can_use(most: int, drafting: bool) -> None:
+    world = World(policy="fixed")
+    world.play(2, 0.9)
+    assert world.rounds.begin(world.batch(), most) == drafting
+    world.rounds.end(torch.full((2, WIDTH), 0.9))
+    assert world.step(0.9).tolist() == [most, most]
 
 
 def test_other_engines_wait_for_the_block_forward() -> None:

@@ -77,17 +77,20 @@ class Native:
     def _generate_draft(self) -> None:
         self.ran[-1] = ("block", *self.ran[-1][1:])
 
+    def _num_graph_context_tokens(self, num_reqs: int) -> int:
+        return num_reqs * (1 + self.num_speculative_steps)
+
     def _build_uniform_attn_metadata(self) -> str:
         return "metadata"
 
     def _prepare_graph_forward(self, num_reqs: int, attn_metadata: str | None) -> None:
-        self.captured.append((self.query_cudagraph_manager, attn_metadata))
+        self.captured.append((self.query_cudagraph_manager, attn_metadata, self._num_graph_context_tokens(num_reqs)))
 
     def init_cudagraph_manager(self, mode: Any) -> None:
         self.query_cudagraph_manager = object()
 
     def capture(self) -> None:
-        self._prepare_graph_forward(1, "metadata")
+        self._prepare_graph_forward(2, "metadata")
 
 
 class Backbone(nn.Module):
@@ -238,7 +241,8 @@ class Asked:
     def __init__(self, *answers: bool) -> None:
         self.answers, self.told = list(answers), [0, 0]
 
-    def begin(self, batch: Any) -> bool:
+    def begin(self, batch: Any, most: int | None) -> bool:
+        self.most = most
         return self.answers.pop(0)
 
     def end(self, confidences: Tensor | None) -> None:
@@ -253,7 +257,9 @@ def test_a_round_without_drafts_only_writes_context() -> None:
     ours = speculator(Draft("gated"), k=2)
     ours.init_cudagraph_manager(None)
     ours.capture()
-    assert ours.captured == [(ours.query_cudagraph_manager, "metadata"), (ours.context_cudagraph_manager, None)]
+    block, context = ours.captured
+    assert block == (ours.query_cudagraph_manager, "metadata", 2 * (1 + BLOCK))
+    assert context == (ours.context_cudagraph_manager, None, 2)  # one row of each request, no padding to k drafts
     ours.rounds = Asked(False, True, False)
     ours.draft_tokens[:] = 7
     query = ours.query_cudagraph_manager
@@ -261,7 +267,8 @@ def test_a_round_without_drafts_only_writes_context() -> None:
     assert ours.ran == [("context", ours.context_cudagraph_manager, None)]
     assert ours.propose(batch()).tolist() == [[7, 7]] * 3
     assert ours.ran[1:] == [("block", query, "metadata")]
-    assert ours.propose(batch(grammar=True)).tolist() == [[7, 7]] * 3
+    assert ours.propose(batch(grammar=True), num_speculative_tokens=1).tolist() == [[7, 7]] * 3
+    assert ours.rounds.most == 1
     assert [what for what, *_ in ours.ran] == ["context", "block", "context"]
     assert ours.propose(batch(), dummy_run=True).tolist() == [[7, 7]] * 3  # whatever is decided
     assert ours.blocks == 2

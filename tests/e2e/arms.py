@@ -133,8 +133,8 @@ def planted(arm: dict[str, Any]) -> Iterator[None]:
         if "off_until" in arm:
             inputs = v2_rounds.Rounds._inputs
 
-            def young(self: Any, batch: Any, names: Any) -> Any:
-                given, rows, clean = inputs(self, batch, names)
+            def young(self: Any, batch: Any, *rest: Any) -> Any:
+                given, rows, clean = inputs(self, batch, *rest)
                 given.limits[(batch.seq_lens_cpu_upper_bound[rows].numpy() - batch.prefill_len_np[rows]) < arm["off_until"]] = 0
                 return given, rows, clean
 

@@ -183,6 +183,13 @@ def adaptive_verification(original: Any) -> Any:
     return v2_start.create_verification(original)
 
 
+def graph_manager(original: Any) -> Any:
+    """The manager of the target's graphs, with some for steps that verify nothing."""
+    from vllm_dspark.engine import v2_graphs
+
+    return v2_graphs.graph_manager(original)
+
+
 def validate_adaptive_verification(original: Any) -> Any:
     """The check of the finished configuration, after choosing how drafts are verified."""
 

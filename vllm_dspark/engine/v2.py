@@ -83,7 +83,7 @@ class SpeculatorParts:
             drafts: Tensor = super().propose(input_batch, *args, **kwargs)  # type: ignore[misc]
             self._stamp(input_batch)
             return drafts[:, : self.asked]
-        if self.rounds.begin(input_batch):
+        if self.rounds.begin(input_batch, kwargs.get("num_speculative_tokens")):
             drafts = super().propose(input_batch, *args, **kwargs)  # type: ignore[misc]
         else:
             with self._only_context():
@@ -118,6 +118,16 @@ class SpeculatorParts:
         super().capture()  # type: ignore[misc]
         with self._only_context():
             super().capture()  # type: ignore[misc]
+
+    def _num_graph_context_tokens(self, num_reqs: int) -> int:
+        """Rows of context K/V that a graph writes; more are written before it runs.
+
+        A step that only keeps them current has seldom verified drafts: it has one row per request, not one more than drafts.
+        """
+        if self.context_only:
+            return num_reqs
+        rows: int = super()._num_graph_context_tokens(num_reqs)  # type: ignore[misc]
+        return rows
 
     def _prepare_graph_forward(self, num_reqs: int, attn_metadata: dict[str, Any] | None) -> None:
         super()._prepare_graph_forward(num_reqs, None if self.context_only else attn_metadata)  # type: ignore[misc]

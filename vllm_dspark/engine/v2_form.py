@@ -41,6 +41,18 @@ def form(vllm_config: Any) -> Form:
     return Form("host", obstacle(vllm_config) or "enable_adaptive_verification is not set")
 
 
+def all_or_nothing(vllm_config: Any, on_device: bool) -> bool:
+    """Whether steps verify k drafts of every request or none, because there are graphs for nothing else.
+
+    Args:
+        on_device: lengths are decided there, as vLLM has agreed to.
+    """
+    speculative = vllm_config.speculative_config
+    if on_device or speculative is None or speculative.method != "dspark" or options(vllm_config).policy == "fixed":
+        return False
+    return form(vllm_config).kind in ("whole", "device")
+
+
 def obstacle(vllm_config: Any) -> str | None:
     """What keeps lengths from being decided on the device; None if nothing is known to."""
     from vllm.platforms import current_platform
@@ -55,6 +67,7 @@ def obstacle(vllm_config: Any) -> str | None:
             current_platform.is_cuda() and any(map(current_platform.is_device_capability_family, (90, 100)))
         ),
         f"attention backend {getattr(backend, 'name', backend)}": getattr(backend, "name", None) not in (None, "FLASH_ATTN"),
+        "FlashAttention 2": getattr(vllm_config.attention_config, "flash_attn_version", None) == 2,
     }
     return next((reason for reason, found in reasons.items() if found), None)
 

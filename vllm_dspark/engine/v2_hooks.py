@@ -122,6 +122,16 @@ HOOKS: tuple[Hook, ...] = (
         "GPUModelRunner.prepare_inputs", "asks for the lengths", "scheduler_output", "batch_req_state",
         mentions=("adaptive_verification", "compact_batch", "reallocate_drafts", "query_start_loc", "InputBatch"),
     ),
+    _trim("BatchReqState", "that step, on the host", "req_ids", "num_tokens", "decode_graph_eligible"),
+    _trim("BatchExecutionDescriptor", "what a graph was captured for", "num_tokens", "uniform_token_count"),
+    _trim(
+        "ModelCudaGraphManager._init_candidates", "chooses what is captured; ours chooses twice",
+        mentions=("decode_query_len", "varlen_decode", "_candidates", "_capture_descs"),
+    ),
+    _trim(
+        "ModelCudaGraphManager", "captures full graphs for 1 + k tokens of every request: ours for 1 too", "vllm_config",
+        "decode_query_len", "varlen_decode", replace=patches.graph_manager,
+    ),
     _trim("sort_batch_req_ids", "the order of a batch", "num_tokens_per_req", "draft_tokens", "decode_query_len"),
     _trim("GPUModelRunner.add_requests", "tells what requests ask for", "scheduler_output", mentions=("req_states",)),
     _trim(
@@ -140,6 +150,10 @@ HOOKS: tuple[Hook, ...] = (
     _v2(
         "DFlashSpeculator._prepare_graph_forward", "the part of a graph that writes context K/V", "num_reqs", "attn_metadata",
         module=f"{V2}.dflash.speculator", mentions=("_precompute_context_kv",),
+    ),
+    _v2(
+        "DFlashSpeculator._num_graph_context_tokens", "how many rows that part writes; ours fewer where nothing else is done",
+        "num_reqs", module=f"{V2}.dflash.speculator",
     ),
     _v2(
         "DFlashSpeculator.init_cudagraph_manager", "makes that manager; ours makes two", "cudagraph_mode",

@@ -130,15 +130,19 @@ class Rounds:
         self._outcome = self._landing.send(num_sampled, num_rejected)
         return self._outcome
 
-    def begin(self, batch: Any) -> bool:
-        """Learn from what has landed and choose who drafts; whether the block forward has to run."""
+    def begin(self, batch: Any, most: int | None = None) -> bool:
+        """Learn from what has landed and choose who drafts; whether the block forward has to run.
+
+        Args:
+            most: drafts of each request that the scheduler can use; None: all.
+        """
         self._round += 1
-        self._arrived.clear()
         self._learn()
         names = list(batch.req_ids)
-        if names != self._names:
+        if names != self._names or self._arrived:
             self._meet(names)
-        inputs, rows, clean = self._inputs(batch, names)
+        self._arrived.clear()
+        inputs, rows, clean = self._inputs(batch, names, most)
         self._flight = nobody(self._round, "nobody can draft")
         if rows:
             self.policy.begin_round(inputs)
@@ -229,7 +233,7 @@ class Rounds:
         alive = self.runner.req_states.req_id_to_index
         gone = [name for name in self._names if name not in alive]
         self.policy.finish(gone)
-        known = set(self._names) - set(gone)
+        known = set(self._names) - set(gone) - self._arrived
         for name in names:
             if name not in known:
                 options = self._options.get(name) or request_options(None)
@@ -239,7 +243,7 @@ class Rounds:
         self._options = {name: options for name, options in self._options.items() if name in alive}
         self._names = names
 
-    def _inputs(self, batch: Any, names: list[str]) -> tuple[RoundInput, list[int], bool]:
+    def _inputs(self, batch: Any, names: list[str], most: int | None) -> tuple[RoundInput, list[int], bool]:
         """Who can draft, the rows of those, and whether the step only decoded."""
         count = batch.num_reqs
         contexts = batch.seq_lens_cpu_upper_bound[:count].numpy().astype(np.int64)
@@ -247,7 +251,8 @@ class Rounds:
         there = batch.num_computed_tokens_np[:count] + batch.num_scheduled_tokens[:count]
         sampling = there >= prompt
         room = self.runner.max_model_len - self.runner.speculator.num_query_per_req
-        limits = np.where(contexts <= room, self.runner.speculator.asked, 0)
+        asked = self.runner.speculator.asked
+        limits = np.where(contexts <= room, asked if most is None else min(asked, most), 0)
         rows = sampling.nonzero()[0]
         waiting = int(np.maximum(prompt - there, 0).sum())
         waiting = min(waiting, max(self.runner.max_num_tokens - rows.size, 0))

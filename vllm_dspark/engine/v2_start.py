@@ -7,7 +7,7 @@ from typing import Any
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_dspark.engine import setup, v2_costs, v2_form
+from vllm_dspark.engine import setup, v2_costs, v2_form, v2_graphs
 from vllm_dspark.engine.landing import Landing, Parcel
 from vllm_dspark.engine.v2_policy import HostVerification, device_verification
 from vllm_dspark.engine.v2_rounds import Rounds
@@ -44,10 +44,11 @@ def start(runner: Any) -> None:
     on_device = runner.adaptive_verification is not None
     if not on_device and runner.rejection_sampler is not None:
         runner.rejection_sampler.enable_adaptive_verification = False  # all lengths are known on the host
-    rounds = make_rounds(runner, whole=chosen.kind == "whole")
+    rounds = make_rounds(runner, whole=v2_form.all_or_nothing(config, on_device))
     if on_device:
         runner.adaptive_verification.rounds = rounds
     else:
+        runner.gather_batch_req_state = v2_graphs.telling_single(runner.gather_batch_req_state)
         tail = (None,) if "num_admitted_draft_tokens" in InputBatch.__dataclass_fields__ else ()
         runner.adaptive_verification = HostVerification(rounds, runner, tail)
     speculator.rounds = rounds
