@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("vllm")
 from vllm_dspark.engine import v2_costs
 from vllm_dspark.engine.v2_costs import STEPS, Profiler
+from vllm_dspark.options import DSparkOptions
 
 K, WIDTH = 7, 8
 
@@ -63,6 +64,47 @@ def test_target_and_drafter_are_told_apart() -> None:
     assert {(tokens, uniform) for tokens, _, uniform in machine.ran} >= {(4, False), (32, True)}
     assert len(machine.ran) % (1 + STEPS) == 0
     assert machine.speculator.stamps is None
+
+
+def test_a_step_costs_what_the_graph_does_that_it_is_padded_to() -> None:
+    """Whether that graph was measured or lies between two that were."""
+    captured = [1, 2, 4, 8, 16, 24, 32]
+    graphs = SimpleNamespace(captured_token_counts=lambda: captured, varlen_decode=True)
+    machine, uniform = Machine(graphs=graphs), Machine(graphs=SimpleNamespace(captured_token_counts=lambda: captured))
+    machine.max_num_reqs = uniform.max_num_reqs = 64
+    for each in (machine, uniform):
+        each.speculator.query_cudagraph_manager = SimpleNamespace(captured_token_counts=lambda: [K * n for n in (1, 2, 3, 4, 6)])
+    for each in (machine, uniform):
+        table = Profiler(each, lambda late: late).table(float("inf"))
+        assert table.target_curve(32)[[9, 16, 17, 24, 25]] == pytest.approx([0.016, 0.016, 0.024, 0.024, 0.032], rel=0.05)
+        assert table.draft_curve(64)[[3, 5]] == pytest.approx([0.006, 0.012], rel=0.05)
+        assert table.draft_captured == 6
+    assert (24, v2_costs.SHORT, False) in machine.ran
+    assert (24, v2_costs.SHORT, False) not in uniform.ran  # graphs there are of even steps
+
+
+def test_no_point_is_added_beyond_what_was_measured() -> None:
+    assert v2_costs.dense([2, 8], [0.2, 0.8], [1, 4, 8, 16]) == ((2, 4, 8), pytest.approx((0.2, 0.4, 0.8)))
+    assert v2_costs.dense([2, 8], [0.2, 0.8], []) == ((2, 8), pytest.approx((0.2, 0.8)))
+
+
+def test_times_of_another_kind_of_engine_are_not_taken_for_this_ones() -> None:
+    def runner(**more: Any) -> Any:
+        given = {"graphs": "FULL", "lora": None, "asked": K, "manager": object(), "dtype": "auto", **more}
+        config = SimpleNamespace(
+            compilation_config=SimpleNamespace(cudagraph_mode=given["graphs"]), lora_config=given["lora"],
+            cache_config=SimpleNamespace(cache_dtype=given["dtype"]),
+            speculative_config=SimpleNamespace(draft_sample_method="greedy"),
+        )  # fmt: skip
+        return SimpleNamespace(
+            vllm_config=config, adaptive_verification=given["manager"], speculator=SimpleNamespace(asked=given["asked"])
+        )
+
+    usual = v2_costs._key(runner(), DSparkOptions())
+    others = [{"graphs": "PIECEWISE"}, {"lora": object()}, {"asked": 3}, {"manager": None}, {"dtype": "fp8"}]
+    assert all(v2_costs._key(runner(**more), DSparkOptions()) != usual for more in others)
+    assert v2_costs._key(runner(), DSparkOptions(w2_format="int8")) != usual
+    assert v2_costs._key(runner(), DSparkOptions(policy="fixed", profile_seconds=1.0)) == usual
 
 
 def test_every_rank_stops_where_rank_0_does() -> None:

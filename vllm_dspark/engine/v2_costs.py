@@ -1,7 +1,8 @@
 """Step times of a V2 runner, measured at start with its own dummy steps, once graphs are captured; kept where V1's are."""
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,33 @@ STEPS = 3  # timed steps of every shape, after one that is not
 def cost(runner: Any, options: DSparkOptions, agree: Callable[[Any], Any]) -> BatchCostModel:
     """The cost model of this runner, from kept or measured step times."""
     config, speculator = runner.vllm_config, runner.speculator
-    depends = profiling.key(config, speculator.draft_model_config, speculator.num_query_per_req) | {"runner": "V2"}
+    depends = profiling.key(config, speculator.draft_model_config, speculator.num_query_per_req) | _key(runner, options)
     alone = config.parallel_config.data_parallel_size == 1  # engines that step together must take the same steps
     seconds = options.profile_seconds if alone else 0.0
     found = profiling.known(depends, seconds, options.cache_dir, lambda: Profiler(runner, agree), agree)
     requests = runner.max_num_reqs
     return BatchCostModel(found, requests * runner.decode_query_len, requests)
+
+
+def _key(runner: Any, options: DSparkOptions) -> dict[str, Any]:
+    """What else step times of this runner depend on."""
+    config = runner.vllm_config
+    stage = ("sequential_stage", "w2_format", "candidates", "listed_candidates", "draft_lm_head")
+    return {
+        "runner": "V2", "k": runner.speculator.asked, "graphs": str(config.compilation_config.cudagraph_mode),
+        "on_device": runner.adaptive_verification is not None, "lora": config.lora_config is not None,
+        "cache_dtype": str(config.cache_config.cache_dtype), "draft_sampling": config.speculative_config.draft_sample_method,
+        **options.model_dump(include=set(stage)),
+    }  # fmt: skip
+
+
+def dense(sizes: Sequence[int], seconds: Sequence[float], captured: Sequence[int]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """A measured curve with a point at every captured size too, on a line between its neighbours.
+
+    A step is padded to the next captured size. Without that point it would be taken to cost as much as the next measured one.
+    """
+    every = sorted({*sizes, *(size for size in captured if sizes[0] < size < sizes[-1])})
+    return tuple(every), tuple(np.interp(every, sizes, seconds).tolist())
 
 
 class Profiler:
@@ -48,12 +70,17 @@ class Profiler:
                 if self.agree(time.perf_counter() > deadline):
                     break
                 self._shape(tokens, context, uniform)
-        captured = max(self._captured(self.runner.cudagraph_manager), default=0)
-        drafting = max(self._captured(self.speculator.query_cudagraph_manager), default=0)
-        return profile.fit(
-            self.samples, captured, drafting // self.speculator.num_query_per_req,
+        captured, width = self._captured(self.runner.cudagraph_manager), self.speculator.num_query_per_req
+        drafting = [size // width for size in self._captured(self.speculator.query_cudagraph_manager)]
+        table = profile.fit(
+            self.samples, max(captured, default=0), max(drafting, default=0),
             f"measured on {profiling.device()}", context_only=once, context_per_token=per_token,
         )  # fmt: skip
+        sizes, seconds = dense(table.sizes, table.seconds, captured)
+        draft_sizes, draft_seconds = dense(table.draft_sizes, table.draft_seconds, drafting)
+        return dataclasses.replace(
+            table, sizes=sizes, seconds=seconds, draft_sizes=draft_sizes, draft_seconds=draft_seconds
+        )
 
     def beats(self, table: CostTable) -> bool:
         """Whether one request is served far faster than this table has it. Warms the engine up."""
@@ -76,6 +103,9 @@ class Profiler:
                 if count * width <= runner.max_num_tokens:
                     yield count, context, False
                     yield count * width, context, True
+        if getattr(runner.cudagraph_manager, "varlen_decode", False):
+            known = {count * factor for count in requests for factor in (1, width)}
+            yield from ((size, SHORT, False) for size in self._captured(runner.cudagraph_manager) if size not in known)
 
     def _run(self, tokens: int, context: int, uniform: bool) -> list[tuple[float, float, int, int]]:
         """Seconds of the target, seconds of the drafting, requests, tokens; of every timed step."""

@@ -14,6 +14,10 @@ def graph_manager(original: Any) -> Any:
     """vLLM's ``ModelCudaGraphManager``, with graphs for one token of every request beside those for 1 + k."""
 
     class ModelCudaGraphManager(original):
+        _candidates: dict[Any, list[Any]]
+        _capture_descs: dict[Any, list[Any]]
+        decode_query_len: int
+
         def _init_candidates(self) -> None:
             super()._init_candidates()
             if not v2_form.all_or_nothing(self.vllm_config, on_device=self.varlen_decode):
