@@ -73,7 +73,9 @@ def test_a_step_costs_what_the_graph_does_that_it_is_padded_to() -> None:
     machine, uniform = Machine(graphs=graphs), Machine(graphs=SimpleNamespace(captured_token_counts=lambda: captured))
     machine.max_num_reqs = uniform.max_num_reqs = 64
     for each in (machine, uniform):
-        each.speculator.query_cudagraph_manager = SimpleNamespace(captured_token_counts=lambda: [K * n for n in (1, 2, 3, 4, 6)])
+        each.speculator.query_cudagraph_manager = SimpleNamespace(
+            captured_token_counts=lambda: [K * n for n in (1, 2, 3, 4, 6)]
+        )
     for each in (machine, uniform):
         table = Profiler(each, lambda late: late).table(float("inf"))
         assert table.target_curve(32)[[9, 16, 17, 24, 25]] == pytest.approx([0.016, 0.016, 0.024, 0.024, 0.032], rel=0.05)

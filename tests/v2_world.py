@@ -66,14 +66,18 @@ class World:
             num_scheduled_tokens=np.full(count, 1), has_prefill=False,
         )  # fmt: skip
 
-    def step(self, confidence: float | np.ndarray, hits: np.ndarray | None = None, room: int = WIDTH) -> np.ndarray:
-        """One step and one round; drafts verified of each request. ``confidence``: what the drafts of this round claim."""
+    def spread(self, caps: dict[str, int]) -> dict[str, int]:
+        """Drafts that a step verifies of each request, from what :meth:`Rounds.verify` said."""
+        return self.rounds.lengths()
+
+    def step(self, confidence: Any, hits: np.ndarray | None = None, room: int = WIDTH) -> np.ndarray:
+        """One step and one round; drafts verified of each request. ``confidence``: what the drafts of this round claim, or a
+        function of the drafts verified and accepted that says so."""
         self.arrive()
-        count, drafts = len(self.names), {}
+        count, lengths = len(self.names), dict[str, int]()
         if self.log:
             drafts = dict.fromkeys(self.names, [-1] * room)
-            self.rounds.verify(dict.fromkeys(self.names, 1 + room), drafts, ranked_later=self.on_device)
-        lengths = self.rounds.lengths() if drafts else {}
+            lengths = self.spread(self.rounds.verify(dict.fromkeys(self.names, 1 + room), drafts, ranked_later=self.on_device))
         verified = np.array([lengths.get(name, 0) for name in self.names])
         drawn = self.rng.random((count, WIDTH))
         if hits is None:
@@ -83,7 +87,8 @@ class World:
         self.rounds.sampled(torch.tensor(1 + accepted), torch.tensor(verified - accepted))
         drafting = self.rounds.begin(self.batch())
         self.now += float(self.truth.drafting(count, count * CONTEXT)) if drafting else 0.0
-        claimed = np.broadcast_to(np.asarray(confidence, dtype=np.float32), (count, WIDTH))
+        claimed = confidence(verified, accepted) if callable(confidence) else confidence
+        claimed = np.broadcast_to(np.asarray(claimed, dtype=np.float32), (count, WIDTH))
         self.rounds.end(torch.tensor(claimed.copy()))
         self.rounds.exchange()
         self.log.append((drafting, tuple(verified.tolist())))

@@ -78,9 +78,7 @@ class Profiler:
         )  # fmt: skip
         sizes, seconds = dense(table.sizes, table.seconds, captured)
         draft_sizes, draft_seconds = dense(table.draft_sizes, table.draft_seconds, drafting)
-        return dataclasses.replace(
-            table, sizes=sizes, seconds=seconds, draft_sizes=draft_sizes, draft_seconds=draft_seconds
-        )
+        return dataclasses.replace(table, sizes=sizes, seconds=seconds, draft_sizes=draft_sizes, draft_seconds=draft_seconds)
 
     def beats(self, table: CostTable) -> bool:
         """Whether one request is served far faster than this table has it. Warms the engine up."""
