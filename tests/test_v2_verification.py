@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -181,6 +186,26 @@ def test_vllms_statistics_count_what_was_verified() -> None:
     assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (2, 6, 1)
 
 
+def test_the_output_says_what_was_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step that sampled, once its results have landed; any other output is handed on as it is."""
+    from vllm.v1.outputs import AsyncModelRunnerOutput
+
+    class Output(AsyncModelRunnerOutput):
+        def get_output(self) -> Any:
+            return SimpleNamespace(req_ids=["a", "b", "c"])
+
+    world = World(policy="fixed", names=("a", "b", "c"))
+    given: list[Any] = [Output(), None, Output()]
+    reporting = v2_start._reporting(lambda: given.pop(0), world.rounds)
+    assert isinstance(reporting(), Output)  # nothing was sampled yet
+    assert reporting() is None
+    world.play(1, 0.9)
+    world.step(0.9, np.array([4, 1, 0]))
+    found = reporting().get_output()
+    assert found.req_ids == ["a", "b", "c"]
+    assert found.dspark_verified == dict.fromkeys("abc", WIDTH)
+
+
 def test_counters_are_shown_where_metrics_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     import prometheus_client
 
@@ -200,3 +225,44 @@ def test_counters_are_shown_where_metrics_are_asked_for(monkeypatch: pytest.Monk
     assert 'engine="2"' in shown
     assert metrics.open_board(path, 9) is None
     assert metrics.open_board("/nowhere/at-all", 0) is None
+
+
+def test_counters_reach_several_api_servers(tmp_path: Path) -> None:
+    """vLLM has them merge what every process has written; the one that counts may have been forked before that was known."""
+    program = """
+import os, prometheus_client
+from vllm_dspark import metrics
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = {folder!r}
+assert metrics.publish(2) == ""
+for engine in (0, 1):
+    if os.fork() == 0:
+        counters = metrics.open_board("", engine)
+        counters.add(5, 3, 2, 7, True)
+        counters.add(1, 1, 0, 0, False)
+        os._exit(0)
+    os.wait()
+registry = prometheus_client.CollectorRegistry()
+prometheus_client.multiprocess.MultiProcessCollector(registry)
+print(prometheus_client.generate_latest(registry).decode())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", "import prometheus_client.multiprocess\n" + program.format(folder=str(tmp_path))],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for engine in (0, 1):
+        for outcome, count in (("accepted", 4), ("rejected", 2), ("trimmed", 2), ("undrafted", 7)):
+            assert f'dspark_draft_tokens_total{{engine="{engine}",outcome="{outcome}"}} {count}.0' in done.stdout
+        assert f'dspark_steps_total{{drafting="skipped",engine="{engine}"}} 1.0' in done.stdout
+
+
+def test_files_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = "import os; from vllm_dspark import metrics; print(metrics.publish(1), flush=True); os.kill(os.getpid(), 9)"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    left = Path(done.stdout.strip())
+    assert left.exists()
+    path = Path(metrics.Board.create(1))
+    assert not left.exists()
+    metrics.Board.create(1)
+    assert path.exists()

@@ -138,6 +138,8 @@ HOOKS: tuple[Hook, ...] = (
         "GPUModelRunner.sample_tokens", "one round: verdict, drafting; its output tells the scheduler what was verified",
         "grammar_output", mentions=("observe_verification", "propose", "record_confidences", "draft_tokens", "AsyncOutput"),
     ),
+    _trim("AsyncModelRunnerOutput.get_output", "that output, once it has landed", "self",
+          module="vllm.v1.outputs", when=V2_RUNNER),
     _trim(
         "GPUModelRunner._dummy_run", "made-up steps, to be timed", "num_tokens", "uniform_decode", "context_len", "skip_eplb",
         mentions=("propose", "speculator"),

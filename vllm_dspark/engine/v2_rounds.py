@@ -8,13 +8,14 @@ tensor-parallel group sees the same numbers in the same order. Times differ betw
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_dspark.engine.landing import Clock, Landing, Parcel, counts
 from vllm_dspark.engine.rounds import request_options
+from vllm_dspark.metrics import Counters
 from vllm_dspark.verification.asynchronous import Allotment, AsynchronousPolicy, Flight, Step, nobody
 from vllm_dspark.verification.cost import StepTiming
 from vllm_dspark.verification.records import RoundInput, Rows
@@ -23,13 +24,6 @@ logger = logging.getLogger("vllm.dspark")
 
 EAGER, EVERY = 64, 8  # all of the first rounds are timed, then one of so many
 SHARED = 64  # rounds between two exchanges of times, where there are several ranks
-
-
-class Counters(Protocol):
-    """Where the drafts' fates are counted."""
-
-    def add(self, verified: int, accepted: int, trimmed: int, undrafted: int, skipped: bool) -> None:
-        """One step's."""
 
 
 @dataclass

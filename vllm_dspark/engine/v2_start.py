@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_dspark.engine import setup, v2_costs, v2_form, v2_graphs
@@ -102,15 +103,19 @@ def _reporting(sample_tokens: Any, rounds: Rounds) -> Any:
         output = sample_tokens(*args, **kwargs)
         rounds.exchange()
         found = rounds.last_outcome()
-        if found is not None and hasattr(output, "get_output"):
-            output.get_output = functools.partial(_with_verified, output.get_output, *found)
-        return output
+        return Reported(output, *found) if found is not None and isinstance(output, AsyncModelRunnerOutput) else output
 
     return wrapper
 
 
-def _with_verified(get_output: Any, names: list[str], outcome: Parcel) -> Any:
-    output = get_output()
-    sampled, rejected = outcome.open()
-    output.dspark_verified = dict(zip(names, (sampled + rejected - 1).clip(0).tolist(), strict=True))
-    return output
+class Reported(AsyncModelRunnerOutput):
+    """The runner's output with what became of the drafts."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, names: list[str], outcome: Parcel) -> None:
+        self._output, self._names, self._outcome = output, names, outcome
+
+    def get_output(self) -> Any:
+        output: Any = self._output.get_output()
+        sampled, rejected = self._outcome.open()
+        output.dspark_verified = dict(zip(self._names, (sampled + rejected - 1).clip(0).tolist(), strict=True))
+        return output
