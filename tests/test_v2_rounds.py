@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,29 @@ def test_a_budget_does_not_depend_on_what_the_round_itself_drafted() -> None:
         one, two = (world.log for world in worlds)
         assert one[:52] == two[:52]  # round 50 drafts at the end of step 50, step 51 verifies it
         assert worlds[0].policy.history.recent.tolist() != worlds[1].policy.history.recent.tolist()
+
+
+def test_the_host_waits_for_nothing_before_it_asks_for_a_round() -> None:
+    """What has landed is looked at once the device has work again."""
+    world, opened = World(), list[bool]()
+    asked = world.rounds.begin
+    send, asking = world.rounds._landing.send, [False]
+
+    def begin(*args: Any) -> bool:
+        asking[0] = True
+        try:
+            return asked(*args)
+        finally:
+            asking[0] = False
+
+    def watched(*tensors: Any) -> Any:
+        parcel = send(*tensors)
+        return SimpleNamespace(open=lambda: opened.append(asking[0]) or parcel.open())
+
+    world.rounds.begin, world.rounds._landing.send = begin, watched  # type: ignore[method-assign]
+    world.play(10, 0.9)
+    assert len(opened) == 2 * 9
+    assert not any(opened)
 
 
 def test_outcomes_belong_to_the_round_they_judge() -> None:

@@ -1,8 +1,8 @@
 """Between the V2 runner and the policy: what landed of earlier rounds, and what is decided for the next.
 
 The runner prepares a step while the device still works on the one before. So a round's confidences are read when the next
-round begins, and its verdict one round after that, always at the same point and never "when it is ready": every rank of a
-tensor-parallel group sees the same numbers in the same order. Times differ between ranks; rank 0's are used on all.
+round has been asked for, and its verdict one round after that, always at the same point and never "when it is ready": every
+rank of a tensor-parallel group sees the same numbers in the same order. Times differ between ranks; rank 0's are used on all.
 """
 
 import logging
@@ -80,7 +80,8 @@ class Rounds:
         self._verifying = self._flight
         self._room: Mapping[str, int] = {}
         self._outcome: Parcel | None = None
-        self._landed: list[Landed] = []  # the last three, newest first
+        self._gone: list[str] = []
+        self._landed: list[Landed] = []  # the last four, newest first
         self._times: list[StepTiming] = []
         self._round = 0
         self.allotment = Allotment(counts([]), 0, counts([]))
@@ -125,13 +126,12 @@ class Rounds:
         return self._outcome
 
     def begin(self, batch: Any, most: int | None = None) -> bool:
-        """Learn from what has landed and choose who drafts; whether the block forward has to run.
+        """Choose who drafts; whether the block forward has to run.
 
         Args:
             most: drafts of each request that the scheduler can use; None: all.
         """
         self._round += 1
-        self._learn()
         names = list(batch.req_ids)
         if names != self._names or self._arrived:
             self._meet(names)
@@ -151,16 +151,23 @@ class Rounds:
         )  # fmt: skip
         self._verifying, self._room, self._outcome = nobody(self._round, "verified nothing"), {}, None
         now.drafting = bool(self._flight.slots.size) or self._always
-        self._landed = [now, *self._landed[:2]]
+        self._landed = [now, *self._landed[:3]]
         return now.drafting
 
     def end(self, confidences: Any) -> None:
-        """The round is drafted, or was skipped. ``confidences``: device tensor ``(R, γ)``; None: there is no head."""
+        """The round has been asked for, or was skipped; learn from what has landed meanwhile.
+
+        Args:
+            confidences: device tensor ``(R, γ)``; None: there is no head.
+        """
         now = self._landed[0]
         if now.shape is not None:
             now.ended = self._clock.mark()
         if now.flight.slots.size and confidences is not None:
             now.confidences = self._landing.send(confidences[: len(now.names)])
+        self._learn()
+        self.policy.finish(self._gone)
+        self._gone = []
 
     def last_outcome(self) -> tuple[list[str], Parcel] | None:
         """Names of the batch and the outcome of the step that was sampled last; None if that step sampled nothing."""
@@ -168,10 +175,10 @@ class Rounds:
         return (list(last.names), last.outcome) if last is not None and last.outcome is not None else None
 
     def _learn(self) -> None:
-        """The last round's confidences, the verdict of the step before it, and the time of the round before that."""
-        if not self._landed:
+        """The round before's confidences, the verdict of the step before it, and the time of the round before that."""
+        if len(self._landed) < 2:
             return
-        last, *earlier = self._landed
+        _, last, *earlier = self._landed
         if last.outcome is not None:
             sampled, rejected = (array.astype(np.int64) for array in last.outcome.open())
             verified = np.where(sampled > 0, np.maximum(sampled + rejected - 1, 0), 0)
@@ -225,9 +232,8 @@ class Rounds:
     def _meet(self, names: list[str]) -> None:
         """Tell the policy of requests that came and of those that went."""
         alive = self.runner.req_states.req_id_to_index
-        gone = [name for name in self._names if name not in alive]
-        self.policy.finish(gone)
-        known = set(self._names) - set(gone) - self._arrived
+        self._gone = [name for name in self._names if name not in alive]
+        known = set(self._names).difference(self._gone, self._arrived)
         for name in names:
             if name not in known:
                 options = self._options.get(name) or request_options(None)
