@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.spec_decode.adaptive_verification import _assign_draft_t
 
 from vllm_dspark.verification import history
 from vllm_dspark.verification.cost import CostTable
+from vllm_dspark.verification.survival import logit, sigmoid
 
 TARGET = np.array([[0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [0.3, 0.3, 0.4]])  # P(next | token)
 DRAFTER = np.array([[0.4, 0.4, 0.2], [0.3, 0.5, 0.2], [0.3, 0.4, 0.3]])
@@ -56,7 +57,8 @@ class Chains(World):
         most = torch.tensor([caps[name] for name in self.names], dtype=torch.int32)
         budget = self.rounds.allotment.budget
         if budget < int(most.sum()):
-            sure = torch.from_numpy(SURE[self.before()])
+            scale, shift = self.rounds.corrections(len(self.names), WIDTH)
+            sure = torch.from_numpy(sigmoid(scale * logit(SURE[self.before()]) + shift))
             _assign_draft_token_budget(sure, torch.arange(len(self.names)), most, budget, WIDTH)
         return dict(zip(self.names, most.tolist(), strict=True))
 

@@ -16,6 +16,7 @@ from v2_world import FLAT, STEEP, WIDTH, World
 from vllm_dspark.engine import v2_rounds
 from vllm_dspark.verification import scheduler
 from vllm_dspark.verification.cost import CostTable
+from vllm_dspark.verification.survival import logit, sigmoid
 
 SWITCH = CostTable((1, 4096), (0.010, 0.5), (1, 512), (0.004, 0.0041))
 
@@ -79,6 +80,23 @@ def test_the_host_waits_for_nothing_before_it_asks_for_a_round() -> None:
     assert not any(opened)
 
 
+def test_ranking_uses_what_the_policy_believes_of_a_confidence() -> None:
+    """Temperatures, and how far each position and each request was off so far; slots are the runner's."""
+    world = World(names=("bold", "shy"))
+    for _ in range(60):
+        world.step(0.6, np.array([0, WIDTH]))
+    world.policy.sts.temperatures[:] = [1.0, 2.0, 0.5, 1.0]
+    world.rounds.verify(dict.fromkeys(world.names, 5), dict.fromkeys(world.names, [-1] * 4), ranked_later=True)
+    flight = world.rounds._verifying
+    world.states.req_id_to_index = {"shy": 1, "bold": 5}
+    scale, shift = world.rounds.corrections(8, WIDTH)
+    raw = np.full((2, WIDTH), 0.6)
+    wanted = world.policy.history.conditional(flight.slots, logit(raw) / world.policy.sts.temperatures)
+    assert sigmoid(scale * logit(raw) + shift[[5, 1]]) == pytest.approx(wanted, abs=1e-6)
+    assert wanted[1, 0] > wanted[0, 0] + 0.2
+    assert not shift[[0, 2, 3, 4, 6, 7]].any()
+
+
 def test_outcomes_belong_to_the_round_they_judge() -> None:
     world = World(policy="fixed")
     told: list[tuple[list[int], list[int]]] = []
@@ -102,7 +120,8 @@ def test_requests_keep_their_own_limits() -> None:
     lengths = world.play(40, 0.95)
     assert lengths[20:].mean(axis=0) == pytest.approx([WIDTH, 0, 2, WIDTH], abs=0.3)
     world.rounds.verify(dict.fromkeys(world.names, 5), dict.fromkeys(world.names, [-1] * 4), ranked_later=True)
-    assert world.rounds.forced() == ["always"]
+    _, shift = world.rounds.corrections(8, WIDTH)
+    assert (shift == v2_rounds.FIRST).all(axis=1).tolist() == [False] * 3 + [True] + [False] * 4
     assert world.step(0.95, room=1).tolist() == [1, 0, 1, 1]
 
 

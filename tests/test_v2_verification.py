@@ -22,9 +22,13 @@ pytest.importorskip("vllm")
 from v2_world import WIDTH, World
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
+from vllm.v1.worker.gpu.spec_decode import adaptive_verification as av
 
 from vllm_dspark.engine import counting, v2_form, v2_start
 from vllm_dspark.engine.v2_policy import HostVerification, device_verification
+from vllm_dspark.verification import history, scheduler
+from vllm_dspark.verification.cost import CostTable
+from vllm_dspark.verification.survival import logit
 
 
 def scheduled(world: World, drafts: int = WIDTH, prefill: int = 0) -> tuple[dict[str, int], dict[str, list[int]]]:
@@ -68,6 +72,7 @@ class Native:
         self._batch_budget: Any = None
 
     def reallocate_drafts(self, req_ids: list[str], idx_mapping: Any) -> Any:
+        self.ranked = self._confidence_probs.clone()
         return self._batch_budget
 
 
@@ -86,12 +91,61 @@ def test_on_the_device_the_host_only_fixes_the_budget() -> None:
     assert sure == {"a": 1, "always": 1, "off": 1}
     assert budget == 2 * WIDTH
     manager.reallocate_drafts(world.names, torch.arange(3))
-    assert manager._confidence_probs[:, 0].tolist() == [0.5, 1.0, *[0.5] * 6]
+    assert manager.ranked.eq(0.5).all()  # nothing is left out, so nothing is ranked
     manager._max_total_logits = 6
     assert manager.get_num_tokens(tokens, drafts) == 3 + 3
+    world.policy.history.positions[:] = 1.0
+    world.policy.sts.temperatures[:] = 2.0
+    manager._confidence_probs[0] = 0.8
+    manager.reallocate_drafts(world.names, torch.arange(3))
+    assert manager.ranked[1].eq(1.0).all()  # "always" comes first
+    believed = 1.0 + float(world.policy.history.shift[world.rounds._verifying.slots[0]])
+    assert manager.ranked[0].tolist() == pytest.approx([1 / (1 + np.exp(-believed - np.log(4.0) / 2))] * WIDTH, abs=1e-6)
+    assert manager.ranked[3:].eq(0.5).all()
+    assert manager._confidence_probs[1].eq(0.5).all()  # the confidences themselves stay
     manager.record_confidences(torch.full((3, WIDTH), 0.25), SimpleNamespace(idx_mapping=torch.tensor([2, 0, 1]), num_reqs=3))
     assert manager._confidence_probs[:3].eq(0.25).all()
     assert list(manager.batches_to_profile([1, 2])) == []
+
+
+def test_vllms_manager_spends_our_budget_on_the_drafts_we_believe_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own compaction and ranking, on a CPU: as many drafts as we allot, the best of them by our calibration."""
+    monkeypatch.setattr(av, "_assign_draft_token_budget_compiled", av._assign_draft_token_budget)
+    names = tuple(f"r{index}" for index in range(6))
+    world = World(CostTable((1, 6, 64), (0.010, 0.0101, 0.06), (1, 64), (0.0005, 0.0006)), names=names, on_device=True)
+    world.rounds.announce("r1", {"dspark_policy": "off"})
+    world.rounds.announce("r2", {"dspark_max_draft_tokens": 1})
+    sure = np.linspace(0.35, 0.95, 6)[:, None] * np.linspace(1.0, 0.8, WIDTH)
+    for _ in range(40):
+        world.step(sure)
+    manager: Any = object.__new__(device_verification(av.AdaptiveVerificationManager))
+    queries = torch.zeros(9, dtype=torch.int32)
+    vars(manager).update(
+        rounds=world.rounds, req_states=world.states, num_speculative_steps=WIDTH, num_bonus_tokens=1,
+        _max_total_logits=10_000, query_start_loc=queries, _confidence_probs=torch.ones(8, WIDTH),
+        _batch_draft_capacity=torch.empty(8, dtype=torch.int32), _num_non_draft_tokens=torch.empty(8, dtype=torch.int32),
+        _cu_num_logits=torch.empty(9, dtype=torch.int32), _copy_admitted_drafts_to_host=False,
+    )  # fmt: skip
+    batch = SimpleNamespace(idx_mapping=torch.arange(6), num_reqs=6)
+    manager.record_confidences(torch.tensor(sure, dtype=torch.float32), batch)
+    total = manager.get_num_tokens(*scheduled(world))
+    budget = world.rounds.allotment.budget
+    assert 3 < budget < 6 * WIDTH - 5, "nothing is trimmed"
+    assert total == 6 + budget
+    planned, tokens = np.full(6, WIDTH, dtype=np.int32), np.full(6, 1 + WIDTH, dtype=np.int32)
+    host, _ = manager.compact_batch(planned, tokens, np.arange(0, 7 * (1 + WIDTH), 1 + WIDTH, dtype=np.int32))
+    assert host.sum() == total
+    logits, starts, drafts, *_ = manager.reallocate_drafts(list(names), torch.arange(6))
+    lengths = (logits[1:] - logits[:-1] - 1).numpy()
+    assert drafts == budget == lengths.sum()
+    assert starts[6] == total
+    flight = world.rounds._verifying
+    believed = world.policy.history.conditional(flight.slots, logit(sure[flight.rows]) / world.policy.sts.temperatures)
+    wanted = scheduler.asynchronous(history.survivals(believed), budget, world.rounds.allotment.caps)
+    assert lengths[flight.rows].tolist() == wanted.tolist()
+    assert lengths[1] == 0
+    assert lengths[2] <= 1
+    assert len(set(lengths.tolist())) > 2
 
 
 def test_where_vllm_refuses_lengths_on_the_device_they_are_chosen_on_the_host(

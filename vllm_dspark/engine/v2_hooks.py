@@ -86,6 +86,8 @@ HOOKS: tuple[Hook, ...] = (
         "DraftModelSpeculator._build_uniform_attn_metadata", "metadata of the block forward; left out with it", "num_reqs",
         module=f"{V2}.speculator",
     ),
+    _trim("async_tensor_h2d", "sends lengths and calibration to the device", "data", "device", module="vllm.utils.torch_utils",
+          when=V2_RUNNER),
     _v2("gpu_sync_allowed", "opens what has landed from the device", "first_only", module="vllm.utils.gpu_sync_debug"),
     _trim("InputBatch", "a batch, as the policy is shown it", "req_ids", "num_reqs", "seq_lens_cpu_upper_bound",
           "prefill_len_np", "num_computed_tokens_np", "num_scheduled_tokens", "has_prefill", "idx_mapping",

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 
 from vllm_dspark.engine.v2_rounds import Rounds
@@ -62,7 +63,7 @@ class HostVerification:
         """Where logits begin and queries begin, on the device, and the number of drafts."""
         if list(req_ids) != self._order:
             raise RuntimeError(f"the batch is {list(req_ids)}, lengths were chosen for {self._order}; please report this")
-        begins = torch.from_numpy(self._begins).to(idx_mapping.device, non_blocking=True)
+        begins = async_tensor_h2d(self._begins, idx_mapping.device)
         return begins, self.runner.input_buffers.query_start_loc, int(self._lengths.sum()), *self._tail
 
     def record_confidences(self, confidence_probs: Tensor, input_batch: Any) -> None:
@@ -70,10 +71,11 @@ class HostVerification:
 
 
 def device_verification(original: Any) -> Any:
-    """vLLM's ``AdaptiveVerificationManager`` with budgets from our policy; compaction and ranking stay vLLM's."""
+    """vLLM's ``AdaptiveVerificationManager`` with our policy's budgets and calibration; compaction and ranking stay vLLM's."""
 
     class DeviceVerification(original):
         rounds: Rounds  # set before anything is served
+        _confidence_probs: Tensor
 
         def batches_to_profile(self, capture_sizes: list[int]) -> Iterator[dict[str, int]]:
             """None: step times are measured once for all forms, see v2_costs.py."""
@@ -91,11 +93,15 @@ def device_verification(original: Any) -> Any:
             return sum(sure.values()) + budget
 
         def reallocate_drafts(self, req_ids: list[str], idx_mapping: Tensor) -> tuple[Any, ...]:
-            slots = [self.req_states.req_id_to_index[name] for name in self.rounds.forced()]
-            if slots:
-                first = torch.tensor(slots, dtype=torch.long).to(idx_mapping.device, non_blocking=True)
-                self._confidence_probs.index_fill_(0, first, 1.0)
-            result: tuple[Any, ...] = super().reallocate_drafts(req_ids, idx_mapping)
+            raw = self._confidence_probs
+            caps, _, budget = self._batch_budget
+            if 0 < budget < sum(caps.values()):
+                scale, shift = (async_tensor_h2d(each, raw.device) for each in self.rounds.corrections(*raw.shape))
+                self._confidence_probs = torch.logit(raw, eps=1e-6).mul_(scale).add_(shift).sigmoid_()
+            try:
+                result: tuple[Any, ...] = super().reallocate_drafts(req_ids, idx_mapping)
+            finally:
+                self._confidence_probs = raw
             return result
 
         def record_confidences(self, confidence_probs: Tensor, input_batch: Any) -> None:

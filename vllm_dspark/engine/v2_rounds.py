@@ -23,6 +23,7 @@ from vllm_dspark.verification.records import RoundInput, Rows
 logger = logging.getLogger("vllm.dspark")
 
 EAGER, EVERY = 64, 8  # all of the first rounds are timed, then one of so many
+FIRST = 1000.0  # logit of what comes before everything else
 SHARED = 64  # rounds between two exchanges of times, where there are several ranks
 
 
@@ -112,9 +113,23 @@ class Rounds:
         """How the allotment is spread over the flight's requests."""
         return dict(zip(self._verifying.requests, self.allotment.lengths.tolist(), strict=True))
 
-    def forced(self) -> list[str]:
-        """Requests of the flight whose drafts are verified whatever the others' are worth."""
-        return [self._verifying.requests[row] for row in (~self._verifying.adaptive).nonzero()[0]]
+    def corrections(self, slots: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """How this round's confidences are to be ranked: the survival of drafts is that of σ(scale · logit(c) + shift).
+
+        From earlier rounds alone, like the budget. Drafts that are verified whatever the others' are worth come first.
+
+        Args:
+            slots: of the runner's requests. width: drafts of each.
+
+        Returns:
+            scale ``(width,)`` and shift ``(slots, width)``.
+        """
+        history, flight = self.policy.history, self._verifying
+        shift = np.zeros((slots, width), dtype=np.float32)
+        own = history.positions[:width] + history.shift[flight.slots, None]
+        here = counts([self.runner.req_states.req_id_to_index.get(name, -1) for name in flight.requests])
+        shift[here[here >= 0]] = np.where(flight.adaptive[:, None], own, FIRST)[here >= 0]
+        return (1.0 / self.policy.sts.temperatures[:width]).astype(np.float32), shift
 
     def _slots(self, names: Sequence[str]) -> NDArray[np.int64]:
         where = self.runner.req_states.req_id_to_index
