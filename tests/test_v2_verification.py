@@ -21,6 +21,7 @@ from vllm_dspark import metrics
 pytest.importorskip("vllm")
 from v2_world import WIDTH, World
 from vllm.config.compilation import CUDAGraphMode
+from vllm.utils import torch_utils
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm.v1.worker.gpu.spec_decode import adaptive_verification as av
 
@@ -29,6 +30,13 @@ from vllm_dspark.engine.v2_policy import HostVerification, device_verification
 from vllm_dspark.verification import history, scheduler
 from vllm_dspark.verification.cost import CostTable
 from vllm_dspark.verification.survival import logit
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_pin_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, also where another vLLM's files are read that takes this machine for none it knows."""
+    monkeypatch.setattr(torch_utils, "is_pin_memory_available", lambda: False)
+    monkeypatch.setattr(torch_utils, "PIN_MEMORY", False)
 
 
 def scheduled(world: World, drafts: int = WIDTH, prefill: int = 0) -> tuple[dict[str, int], dict[str, list[int]]]:
@@ -247,6 +255,9 @@ def test_the_output_says_what_was_verified(monkeypatch: pytest.MonkeyPatch) -> N
     class Output(AsyncModelRunnerOutput):
         def get_output(self) -> Any:
             return SimpleNamespace(req_ids=["a", "b", "c"])
+
+        def get_kv_connector_output(self) -> None:  # vLLM 0.33 wants it
+            return None
 
     world = World(policy="fixed", names=("a", "b", "c"))
     given: list[Any] = [Output(), None, Output()]

@@ -5,12 +5,14 @@
     python tests/contracts/snapshot.py --write 0.33.0     take them anew
     python tests/contracts/snapshot.py --tree DIR 0.33.0  from an unpacked wheel
 
-Nothing of vLLM is run. Exit status 1 if a snapshot differs or the ledger does not hold.
+Another version's Python files are also put before the installed ones while the tests run that need no engine; with --tree
+they are not. Exit status 1 if a snapshot differs, the ledger does not hold or a test fails.
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,9 @@ from vllm_dspark.engine import hooks  # noqa: E402
 
 # Wheels name the oldest C library they run with; their Python files are the same.
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 31, 34, 35)] + ["manylinux1_x86_64", "manylinux2014_x86_64"]
+
+# Of the V2 runner: what is used of vLLM there is Python, and needs neither a device nor its compiled parts.
+TESTS = [f"tests/test_v2_{name}.py" for name in ("costs", "graphs", "lossless", "rounds", "speculator", "verification")]
 
 Snapshot = dict[str, dict[str, Any]]
 
@@ -100,6 +105,19 @@ def fetch(version: str, folder: Path) -> Path:
     return folder / "tree"
 
 
+def tried(root: Path) -> list[str]:
+    """The last line of the tests if they fail with the vLLM under ``root``."""
+    repository = FOLDER.parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(repository)])}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    return (
+        []
+        if done.returncode == 0
+        else [line for line in done.stdout.splitlines() if line.startswith("FAILED")] or ["no tests ran"]
+    )
+
+
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("versions", nargs="*", help="default: the installed one")
@@ -111,11 +129,12 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             root = given.tree or (fetch(version, Path(folder)) if given.versions else installed())
             now = take(root)
+            problems = tried(root) if given.versions and not given.tree else []
         if given.write:
             lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(said)}" for name, said in now.items())
             path(version).write_text(f"{{\n{lines}\n}}\n")
         kept = read(version) if path(version).exists() else {}
-        problems = broken(now) + differences(kept, now)
+        problems += broken(now) + differences(kept, now)
         failed = failed or bool(problems)
         print(f"vLLM {version}: {len(now)} symbols, {len(problems)} problems", *problems, sep="\n  ")
     return int(failed)

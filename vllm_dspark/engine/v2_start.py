@@ -103,19 +103,27 @@ def _reporting(sample_tokens: Any, rounds: Rounds) -> Any:
         output = sample_tokens(*args, **kwargs)
         rounds.exchange()
         found = rounds.last_outcome()
-        return Reported(output, *found) if found is not None and isinstance(output, AsyncModelRunnerOutput) else output
+        if found is not None and isinstance(output, AsyncModelRunnerOutput):
+            kind: Any = type(output)
+            output.__class__ = reported(kind)
+            output.dspark_outcome = found
+        return output
 
     return wrapper
 
 
-class Reported(AsyncModelRunnerOutput):
-    """The runner's output with what became of the drafts."""
+@functools.cache
+def reported(original: Any) -> Any:
+    """The runner's kind of output, with what became of the drafts."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, names: list[str], outcome: Parcel) -> None:
-        self._output, self._names, self._outcome = output, names, outcome
+    class Reported(original):
+        dspark_outcome: tuple[list[str], Parcel]
 
-    def get_output(self) -> Any:
-        output: Any = self._output.get_output()
-        sampled, rejected = self._outcome.open()
-        output.dspark_verified = dict(zip(self._names, (sampled + rejected - 1).clip(0).tolist(), strict=True))
-        return output
+        def get_output(self) -> Any:
+            output: Any = super().get_output()
+            names, outcome = self.dspark_outcome
+            sampled, rejected = outcome.open()
+            output.dspark_verified = dict(zip(names, (sampled + rejected - 1).clip(0).tolist(), strict=True))
+            return output
+
+    return Reported
