@@ -30,7 +30,7 @@ test-vllm: setup ## run vLLM's own tests of what the plugin touches, with the pl
 	@PY=$(PY) tools/vllm_tests.sh $(ARGS)
 
 VERSIONS := 0.32.0 0.33.0
-contracts: setup ## check what we rely on in every supported vLLM, from their wheels (ARGS=--write records it)
+contracts: setup ## check what we rely on in every supported vLLM, from their wheels, and try it (ARGS=--write records it)
 	@$(PY) tests/contracts/snapshot.py $(ARGS) $(VERSIONS)
 
 lint: setup ## ruff and mypy
