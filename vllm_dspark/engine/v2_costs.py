@@ -59,15 +59,11 @@ class Profiler:
         self.samples: list[StepTiming] = []
 
     def table(self, deadline: float) -> CostTable:
-        """Measure shapes until all are done or rank 0's deadline has come, and fit them.
-
-        Raises:
-            ValueError: there was not time for one shape.
-        """
+        """Measure shapes until all are done or rank 0's deadline has come, and fit them. The first is measured in any case."""
         with gpu_sync_allowed():
             once, per_token = self._upkeep()
             for tokens, context, uniform in self._shapes():
-                if self.agree(time.perf_counter() > deadline):
+                if self.samples and self.agree(time.perf_counter() > deadline):
                     break
                 self._shape(tokens, context, uniform)
         captured, width = self._captured(self.runner.cudagraph_manager), self.speculator.num_query_per_req
