@@ -1,13 +1,14 @@
 """Domain x concurrency x arm on the bundled pair: is the policy ever slower than not speculating, or than the best fixed k?
 
-    python benchmarks/cpu_matrix.py                              # every cell, about an hour on two cores
+    python benchmarks/cpu_matrix.py                              # every cell, about 90 minutes on two cores
     python benchmarks/cpu_matrix.py --domain records --concurrency 8 --repeats 5
 
 One engine serves all arms side by side, told apart by each request's own options; a second engine, without the plugin, is the
 anchor, and a third one like it the control: two engines that should be equally fast can differ by 10 % for as long as they
 live. So the repeats are spread over several sets of fresh engines, and the control's spread says what a ratio is worth. Arms
-take turns in an order that rotates, so that a ratio compares runs that stood next to each other. Figures are medians over the
-repeats of ratios within a repeat; spreads are quartiles.
+take turns in an order that rotates, so that a ratio compares runs that stood next to each other. A run lasts as long as there
+are as many requests in flight as the cell says: with drafts requests end at different times, and the last ones would be another
+cell. Figures are medians over the repeats of ratios within a repeat; spreads are quartiles.
 """
 
 import datetime
@@ -47,19 +48,19 @@ def engine(head: str | None, compiled: bool) -> EngineProcess:
 
 
 def count(load: int) -> int:
-    """Requests of a cell: all at once at the top, in waves below."""
-    return max(load, min(2 * load, 32))
+    """Requests of a run, which ends when fewer than ``load`` are left."""
+    return max(2 * load, min(3 * load, 24))
 
 
 def fixed(k: int) -> str:
     return f"k={k}"
 
 
-def arms(drafts: list[int]) -> dict[str, dict[str, Any] | None]:
+def arms(drafts: list[int], control: bool = True) -> dict[str, dict[str, Any] | None]:
     """The extra arguments of each arm's requests; None where there is no plugin."""
     return {
         ANCHOR: None,
-        CONTROL: None,
+        **({CONTROL: None} if control else {}),
         OFF: {"dspark_policy": "off"},
         **{fixed(k): {"dspark_policy": "fixed", "dspark_max_draft_tokens": k} for k in drafts},
         ADAPTIVE: {},
@@ -76,7 +77,7 @@ def machine() -> dict[str, str | int]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"cpu": model, "cores": os.cpu_count() or 0, "torch_threads": torch.get_num_threads(), **versions}
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "torch_threads": torch.get_num_threads(), **versions}
 
 
 def prompts(domain: str, count: int) -> list[str]:
@@ -88,16 +89,22 @@ def prompts(domain: str, count: int) -> list[str]:
 
 
 def cell(
-    engines: dict[str | None, EngineProcess], drafts: list[int], texts: list[str], load: int, tokens: int, repeats: range
+    engines: dict[str | None, EngineProcess],
+    compared: dict[str, dict[str, Any] | None],
+    texts: list[str],
+    load: int,
+    tokens: int,
+    repeats: range,
 ) -> dict[str, list[Run]]:
     """Every arm once per repeat, in an order that rotates; ``engines`` by arm, None: all others."""
-    runs: dict[str, list[Run]] = {name: [] for name in arms(drafts)}
+    runs: dict[str, list[Run]] = {name: [] for name in compared}
     names = list(runs)
     for repeat in repeats:
         shift = repeat % len(names)
         for name in names[shift:] + names[:shift]:
             where = engines[name if name in engines else None]
-            runs[name].append(where.generate(texts, max_tokens=tokens, concurrency=load, extra_args=arms(drafts)[name] or None))
+            given = compared[name] or None
+            runs[name].append(where.generate(texts, max_tokens=tokens, concurrency=load, sustained=True, extra_args=given))
     return runs
 
 
@@ -154,6 +161,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="tokens generated for each request")] = 96,
     repeats: Annotated[int, typer.Option(help="runs of every arm in every cell")] = 9,
     sets: Annotated[int, typer.Option(help="sets of fresh engines that the repeats are spread over")] = 3,
+    control: Annotated[bool, typer.Option(help="a second engine without the plugin")] = True,
     compiled: Annotated[bool, typer.Option(help="let vLLM compile the models, as it does by default")] = False,
     out: Annotated[Path, typer.Option(help="where the JSON goes")] = RESULTS / "cpu_matrix.json",
 ) -> None:
@@ -163,21 +171,22 @@ def main(
     cells = [(name, load) for name in domain or demo.DOMAINS for load in loads]
     if domain is None:
         cells.append((MIXED, max(loads)))
-    runs: dict[tuple[str, int], dict[str, list[Run]]] = {key: {name: [] for name in arms(lengths)} for key in cells}
+    compared = arms(lengths, control)
+    runs: dict[tuple[str, int], dict[str, list[Run]]] = {key: {name: [] for name in compared} for key in cells}
     with Progress(console=console) as progress:
         task = progress.add_task("", total=len(cells) * sets)
         for number in range(sets):
             progress.update(task, description=f"starting engines, set {number + 1} of {sets}")
             share = range(repeats * number // sets, repeats * (number + 1) // sets)
             with ExitStack() as stack:
-                names = {ANCHOR: None, CONTROL: None, None: head}
+                names = {ANCHOR: None, **({CONTROL: None} if control else {}), None: head}
                 engines = {arm: stack.enter_context(engine(name, compiled)) for arm, name in names.items()}
                 for each in engines.values():
                     each.wait().generate(demo.prompts("code")[-8:], max_tokens=16)
                 for name, load in cells:
                     progress.update(task, description=f"set {number + 1} of {sets}: {name} c={load}")
                     texts = prompts(name, count(load))
-                    for arm, done in cell(engines, lengths, texts, load, tokens, share).items():
+                    for arm, done in cell(engines, compared, texts, load, tokens, share).items():
                         runs[name, load][arm] += done
                     progress.advance(task)
     results = [

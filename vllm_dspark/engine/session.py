@@ -80,15 +80,21 @@ class EngineProcess:
         return self
 
     def generate(
-        self, prompts: Sequence[str | list[int]], max_tokens: int = 96, concurrency: int | None = None, **sampling: Any
+        self,
+        prompts: Sequence[str | list[int]],
+        max_tokens: int = 96,
+        concurrency: int | None = None,
+        sustained: bool = False,
+        **sampling: Any,
     ) -> Run:
         """Generate for all prompts (texts or ids) with at most ``concurrency`` in flight (default: all).
 
         Greedy unless ``sampling``, which is ``vllm.SamplingParams``', says otherwise. ``max_tokens`` may be changed per
-        prompt by a list ``lengths``.
+        prompt by a list ``lengths``. ``sustained``: stop as soon as fewer are in flight, and abort those; the run holds what
+        was generated until then.
         """
         sampling = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
-        run: Run = self._ask("run", list(prompts), concurrency or len(prompts), sampling)
+        run: Run = self._ask("run", list(prompts), concurrency or len(prompts), sustained, sampling)
         return run
 
     def refused(self, prompt: str, **sampling: Any) -> str:
@@ -169,7 +175,7 @@ def _serve(pipe: Connection, log: str, environment: dict[str, str], prepare: str
         pipe.send(("error", traceback.format_exc()))
 
 
-def _run(engine: Any, prompts: list[Any], concurrency: int, sampling: dict[str, Any]) -> Run:
+def _run(engine: Any, prompts: list[Any], concurrency: int, sustained: bool, sampling: dict[str, Any]) -> Run:
     from vllm import SamplingParams
 
     core = engine.llm_engine
@@ -178,16 +184,21 @@ def _run(engine: Any, prompts: list[Any], concurrency: int, sampling: dict[str, 
     waiting = list(enumerate(prompts))[::-1]
     outputs: dict[str, Any] = {}
     began = time.perf_counter()
+    going = {f"{began}-{index}" for index in range(len(prompts))}
     while waiting or core.has_unfinished_requests():
         while waiting and core.get_num_unfinished_requests() < concurrency:
             index, prompt = waiting.pop()
             given = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
             parameters = SamplingParams(**{**sampling, "max_tokens": lengths[index]})
             core.add_request(f"{began}-{index}", given, parameters)
+        if sustained and core.get_num_unfinished_requests() < concurrency:
+            break
         for output in core.step():
+            outputs[output.request_id] = output.outputs[0]
             if output.finished:
-                outputs[output.request_id] = output.outputs[0]
+                going.discard(output.request_id)
     seconds = time.perf_counter() - began
+    core.abort_request(list(going))
     ordered = [outputs[f"{began}-{index}"] for index in range(len(prompts))]
     change = _difference(before, _counters(engine))
     return Run(
