@@ -21,6 +21,26 @@ def install() -> None:
     _mend_log1p()
 
 
+def mix_slots() -> None:
+    """Give vLLM 0.32's own DSpark the noise that 0.33's draws, another in every slot; ours is that on either."""
+    import wrapt
+
+    def mix(speculator: Any) -> None:
+        from vllm.v1.worker.gpu.sample import gumbel
+
+        if hasattr(gumbel, "spec_step_seed"):
+            return
+        original = speculator.gumbel_sample
+
+        def mixed(logits: Any, index: Any, temperature: Any, seeds: Any, *rest: Any, logits_cache_col: Any, **more: Any) -> Any:
+            seeds = seeds ^ (logits_cache_col.long() << 32)
+            return original(logits, index, temperature, seeds, *rest, logits_cache_col=logits_cache_col, **more)
+
+        speculator.gumbel_sample = mixed
+
+    wrapt.register_post_import_hook(mix, "vllm.v1.worker.gpu.spec_decode.dspark.speculator")
+
+
 def mend_masks() -> None:
     """Triton 3.9's interpreter refuses masks that came out of & as integers; vLLM's sampler has one when it keeps q."""
     from triton.runtime.interpreter import InterpreterBuilder

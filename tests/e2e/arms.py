@@ -189,6 +189,8 @@ def main(request: str, result: str) -> None:
         import interpreted
 
         interpreted.install()
+        if os.environ.get("VLLM_DSPARK") == "0":
+            interpreted.mix_slots()
     from vllm_dspark.plugin import register
 
     register()

@@ -214,7 +214,7 @@ def test_vanilla_drafts_what_vllm_drafts(v2: Results, native: Results) -> None:
 
 
 def test_sampled_drafts_use_vllms_noise(v2: Results, native: Results) -> None:
-    """The same seeds give the same drafts and the same output as vLLM's own speculator, at two temperatures."""
+    """The same seeds give the same drafts and the same output as vLLM's own speculator (0.33's noise) at two temperatures."""
     for ours, theirs in zip(v2["sampled"], native["sampled"], strict=True):
         assert blocks(ours) == blocks(theirs)
         assert ours["token_ids"] == theirs["token_ids"]
