@@ -91,7 +91,7 @@ class EngineProcess:
 
         Greedy unless ``sampling``, which is ``vllm.SamplingParams``', says otherwise. ``max_tokens`` may be changed per
         prompt by a list ``lengths``. ``sustained``: stop as soon as fewer are in flight, and abort those; the run holds what
-        was generated until then.
+        was generated until then, of the requests that had begun.
         """
         sampling = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
         run: Run = self._ask("run", list(prompts), concurrency or len(prompts), sustained, sampling)
@@ -184,13 +184,14 @@ def _run(engine: Any, prompts: list[Any], concurrency: int, sustained: bool, sam
     waiting = list(enumerate(prompts))[::-1]
     outputs: dict[str, Any] = {}
     began = time.perf_counter()
-    going = {f"{began}-{index}" for index in range(len(prompts))}
+    names = [f"{began}-{index}" for index in range(len(prompts))]
+    going = set(names)
     while waiting or core.has_unfinished_requests():
         while waiting and core.get_num_unfinished_requests() < concurrency:
             index, prompt = waiting.pop()
             given = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
             parameters = SamplingParams(**{**sampling, "max_tokens": lengths[index]})
-            core.add_request(f"{began}-{index}", given, parameters)
+            core.add_request(names[index], given, parameters)
         if sustained and core.get_num_unfinished_requests() < concurrency:
             break
         for output in core.step():
@@ -199,7 +200,7 @@ def _run(engine: Any, prompts: list[Any], concurrency: int, sustained: bool, sam
                 going.discard(output.request_id)
     seconds = time.perf_counter() - began
     core.abort_request(list(going))
-    ordered = [outputs[f"{began}-{index}"] for index in range(len(prompts))]
+    ordered = [outputs[name] for name in names if name in outputs]
     change = _difference(before, _counters(engine))
     return Run(
         [list(output.token_ids) for output in ordered],
