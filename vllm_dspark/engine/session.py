@@ -7,6 +7,7 @@ gets a process, all stay up, and whoever compares them alternates.
 import contextlib
 import importlib
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -136,9 +137,11 @@ class EngineProcess:
         with contextlib.suppress(OSError):
             self._pipe.send(None)
         self._process.join(20)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self._process.kill()  # does nothing if it has ended
+        assert self._process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # what it has started, if that is still there
+        self._process.join()
         self.log.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -150,6 +153,7 @@ class EngineProcess:
 
 def _serve(pipe: Connection, log: str, environment: dict[str, str], prepare: str | None, options: dict[str, Any]) -> None:
     """Child process: build the engine, then answer one batch after the other until None arrives."""
+    os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -169,6 +173,7 @@ def _serve(pipe: Connection, log: str, environment: dict[str, str], prepare: str
         while (question := pipe.recv()) is not None:
             what, arguments = question
             pipe.send((what, answers[what](engine, *arguments)))
+        engine.llm_engine.engine_core.shutdown()  # or this process waits for its own for ever
     except EOFError:
         return  # whoever drove this engine is gone
     except Exception:
