@@ -75,6 +75,7 @@ def hold_raw() -> None:
     def conditional(self: Any, slots: Any, logits: Any) -> Any:
         self.positions[:] = 0.0
         self.shift[:] = 0.0
+        self.factor[:] = 1.0
         return original(self, slots, logits)
 
     history.History.conditional = conditional

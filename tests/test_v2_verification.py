@@ -102,13 +102,13 @@ def test_on_the_device_the_host_only_fixes_the_budget() -> None:
     assert manager.ranked.eq(0.5).all()  # nothing is left out, so nothing is ranked
     manager._max_total_logits = 6
     assert manager.get_num_tokens(tokens, drafts) == 3 + 3
-    world.policy.history.positions[:] = 1.0
+    world.policy.history.positions[:], world.policy.history.factor[:] = 1.0, 0.5
     world.policy.sts.temperatures[:] = 2.0
     manager._confidence_probs[0] = 0.8
     manager.reallocate_drafts(world.names, torch.arange(3))
     assert manager.ranked[1].eq(1.0).all()  # "always" comes first
     believed = 1.0 + float(world.policy.history.shift[world.rounds._verifying.slots[0]])
-    assert manager.ranked[0].tolist() == pytest.approx([1 / (1 + np.exp(-believed - np.log(4.0) / 2))] * WIDTH, abs=1e-6)
+    assert manager.ranked[0].tolist() == pytest.approx([1 / (1 + np.exp(-believed - 0.5 * np.log(4.0) / 2))] * WIDTH, abs=1e-6)
     assert manager.ranked[3:].eq(0.5).all()
     assert manager._confidence_probs[1].eq(0.5).all()  # the confidences themselves stay
     manager.record_confidences(torch.full((3, WIDTH), 0.25), SimpleNamespace(idx_mapping=torch.tensor([2, 0, 1]), num_reqs=3))

@@ -124,12 +124,12 @@ class Rounds:
         Returns:
             scale ``(width,)`` and shift ``(slots, width)``.
         """
-        history, flight = self.policy.history, self._verifying
+        flight = self._verifying
+        factor, own = self.policy.history.corrections(flight.slots)
         shift = np.zeros((slots, width), dtype=np.float32)
-        own = history.positions[:width] + history.shift[flight.slots, None]
         here = counts([self.runner.req_states.req_id_to_index.get(name, -1) for name in flight.requests])
-        shift[here[here >= 0]] = np.where(flight.adaptive[:, None], own, FIRST)[here >= 0]
-        return (1.0 / self.policy.sts.temperatures[:width]).astype(np.float32), shift
+        shift[here[here >= 0]] = np.where(flight.adaptive[:, None], own[:, :width], FIRST)[here >= 0]
+        return (factor / self.policy.sts.temperatures)[:width].astype(np.float32), shift
 
     def _slots(self, names: Sequence[str]) -> NDArray[np.int64]:
         where = self.runner.req_states.req_id_to_index

@@ -87,7 +87,12 @@ class History:
 
     def conditional(self, slots: Slots, logits: Floats) -> Floats:
         """Corrected acceptance probabilities ``(n, γ)`` from calibrated logits ``(n, γ)``."""
-        return sigmoid(self.factor * logits + self.positions + self.shift[slots, None])
+        factor, shift = self.corrections(slots)
+        return sigmoid(factor * logits + shift)
+
+    def corrections(self, slots: Slots) -> tuple[Floats, Floats]:
+        """What calibrated logits are multiplied with, ``(γ,)``, and what is added then, ``(n, γ)``."""
+        return self.factor, self.positions + self.shift[slots, None]
 
     def expected(self, slots: Slots, now: int, caps: Slots) -> tuple[Floats, Floats]:
         """N and G of a draft round of each request, ``(n, thresholds)``, shrunk to the fleet.
@@ -185,7 +190,7 @@ class History:
         reached = places < np.minimum(verified, accepted + 1)[:, None]
         surprise = ((places < accepted[:, None]) - conditional) * reached
         information = conditional * (1.0 - conditional) * reached
-        self._learn_factor(logit(conditional) - self.positions - self.shift[slots, None], surprise, information)
+        self._learn_factor(logit(conditional) - self.corrections(slots)[1], surprise, information)
         per_request = information.sum(axis=1)
         precision = np.minimum(self.precision[slots] + per_request, _REQUEST_PRECISION[1])
         self.precision[slots] = precision
