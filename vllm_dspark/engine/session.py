@@ -95,7 +95,7 @@ class EngineProcess:
         was generated until then, of the requests that had begun.
         """
         sampling = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
-        run: Run = self._ask("run", list(prompts), concurrency or len(prompts), sustained, sampling)
+        run: Run = self._ask("run", list(prompts), concurrency or len(prompts), sampling, sustained)
         return run
 
     def refused(self, prompt: str, **sampling: Any) -> str:
@@ -180,7 +180,7 @@ def _serve(pipe: Connection, log: str, environment: dict[str, str], prepare: str
         pipe.send(("error", traceback.format_exc()))
 
 
-def _run(engine: Any, prompts: list[Any], concurrency: int, sustained: bool, sampling: dict[str, Any]) -> Run:
+def _run(engine: Any, prompts: list[Any], concurrency: int, sampling: dict[str, Any], sustained: bool = False) -> Run:
     from vllm import SamplingParams
 
     core = engine.llm_engine
