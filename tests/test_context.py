@@ -17,8 +17,10 @@ class Cache:
         self.writes: list[int] = []
 
     def write(self, states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
-        assert len(set(slots.tolist())) == len(slots), "a slot is written twice at once"
-        assert torch.equal(states[:, 0], positions.float())
+        assert len(set(zip(slots.tolist(), positions.tolist(), strict=True))) == len(set(slots.tolist())), (
+            "two tokens for a slot"
+        )
+        assert all(torch.equal(column, positions.float()) for column in states.unbind(1))
         self.values[slots] = states[:, 0]
         self.writes.append(len(slots))
 
@@ -53,6 +55,34 @@ def test_views_may_change_after_they_were_added():
     context.write()
     assert cache.values[7] == 5
     assert cache.values[0] == -1
+
+
+def test_states_may_come_per_layer():
+    cache = Cache()
+    context = DeferredContext(cache.write, limit=8)
+    states, positions, slots = step([1, 2], [10, 11])
+    context.add(states.split(1, dim=1), positions, slots)
+    context.add(*step([3], [12]))
+    context.write()
+    context.add(states.split(1, dim=1), positions, slots + 5)
+    context.write()
+    assert cache.values[10:13].tolist() == [1, 2, 3]
+    assert cache.values[15:17].tolist() == [1, 2]
+
+
+def test_late_writes_come_in_few_sizes():
+    """Every new size of a matrix product costs a CPU time to prepare."""
+    sizes = set()
+    for count in range(2, 513):
+        cache = Cache(count)
+        context = DeferredContext(cache.write, limit=1000)
+        context.add(*step([0], [0]))
+        context.add(*step(list(range(1, count)), list(range(1, count))))
+        context.write()
+        assert cache.values.tolist() == list(range(count))
+        assert cache.writes[0] <= count * 9 / 8
+        sizes.update(cache.writes)
+    assert len(sizes) <= 8 * 7
 
 
 def test_a_slot_given_to_another_request_holds_the_later_token():

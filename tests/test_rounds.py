@@ -89,13 +89,13 @@ def test_a_request_that_asks_for_what_was_not_measured_gets_the_engines_policy()
     assert policy.told("add") == [("a", None, None)]
 
 
-def test_a_policy_at_rest_is_told_nothing_while_the_batch_is_the_same_and_nothing_was_verified():
+def test_a_policy_at_rest_is_told_nothing_while_the_batch_is_the_same():
     rounds, policy = make(a=request(), b=request())
     contexts = np.array([11, 12])
     rounds.begin(0.0, [[5], [5]], contexts, k=7)
     policy.calls.clear()
     policy.rest = lambda names: names == ["a", "b"]  # type: ignore[attr-defined]
-    assert rounds.begin(1.0, [[5], [5]], contexts + 1, k=7).size == 0
+    assert rounds.rests([[5], [5]])
     assert policy.calls == []
     rounds.judged([2, 0], tokens=4)
     assert rounds.begin(2.0, [[5, 5], [5]], contexts + 2, k=7).size == 2
@@ -103,6 +103,7 @@ def test_a_policy_at_rest_is_told_nothing_while_the_batch_is_the_same_and_nothin
     policy.calls.clear()
     rounds.runner.requests["c"] = request()
     rounds.runner.input_batch.req_ids = ["b", "c"]
+    assert not rounds.rests([[5], [5]])
     assert rounds.begin(3.0, [[5], [5]], contexts, k=7).size == 2
     assert [name for name, *_ in policy.told("add")] == ["c"]
 

@@ -41,6 +41,20 @@ def test_a_repeated_prompt_drafts_as_well_from_cached_blocks(engines: Engines) -
     assert again.accepted_at == pytest.approx(first.accepted_at, abs=0.02 * first.drafts)
 
 
+def test_cached_blocks_are_used_as_without_speculation(engines: Engines, plain: EngineProcess) -> None:
+    """All of them; and where that leaves one token of the prompt, no drafts are made up around it."""
+    engine = engines.get(**COMMON, enable_prefix_caching=True, speculative_config=speculative(demo.drafter("vanilla")))
+    text = " ".join(demo.prompts("records")[36:40])
+    ids = [plain.tokenize([text])[0][:length] for length in (64, 65, 70)]
+    assert len(ids[-1]) == 70
+    for prompt, whole in zip(ids, (32, 64, 64), strict=True):
+        runs = [[each.generate([prompt], max_tokens=32) for each in (plain, engine)] for _ in range(2)]
+        assert [run.cached for run in runs[1]] == [(whole,), (whole,)]
+        assert runs[1][1].token_ids == runs[0][1].token_ids
+        assert runs[1][1].drafts == runs[0][1].drafts
+        assert runs[1][1].drafted == runs[0][1].drafted
+
+
 def test_in_float32_nothing_leaves(engines: Engines, prompts: list[str]) -> None:
     """Where rounding does not tie logits there is no excuse: every token of every request is the same."""
     options = {**COMMON, "dtype": "float32"}

@@ -5,12 +5,17 @@ gathered. Until then nothing reads those cache slots: only draft layers do, and 
 prefix caching are complete whenever a draft sees them, whichever request computed them and whether or not it still runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_dspark.verification.cost import next_size
+
 Write = Callable[[Tensor, Tensor, Tensor], None]
+States = Tensor | Sequence[Tensor]
+"""A step's hidden states: concatenated, ``[T, m*d]``, or per layer, m of ``[T, d]``."""
 
 
 class DeferredContext:
@@ -24,10 +29,10 @@ class DeferredContext:
             limit: tokens kept at most; 0 writes every step at once (needed where another process reads the cache).
         """
         self._write, self._limit = write, limit
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._parts: list[tuple[States, Tensor, Tensor]] = []
         self.tokens = 0
 
-    def add(self, states: Tensor, positions: Tensor, slots: Tensor) -> None:
+    def add(self, states: States, positions: Tensor, slots: Tensor) -> None:
         """Keep a step's tokens. ``states`` must be the caller's to give; the other two may be views that change later."""
         count = positions.shape[0]
         if self._parts and self.tokens + count > self._limit:
@@ -39,23 +44,41 @@ class DeferredContext:
 
     def write(self) -> None:
         """Write what is kept, oldest first; of two tokens for one slot the later one counts."""
-        if not self._parts:
+        parts, self._parts, self.tokens = self._parts, [], 0
+        if not parts:
             return
-        states, positions, slots = self._parts[0] if len(self._parts) == 1 else map(torch.cat, zip(*self._parts, strict=True))
-        several = len(self._parts) > 1
-        self._parts.clear()
-        self.tokens = 0
-        if several and (latest := _latest(slots)) is not None:
-            states, positions, slots = states[latest], positions[latest], slots[latest]
-        self._write(states, positions, slots)
+        joined = _joined([states for states, _, _ in parts])
+        positions, slots = torch.cat([positions for _, positions, _ in parts]), torch.cat([slots for *_, slots in parts])
+        places = _latest(slots) if len(parts) > 1 else torch.arange(slots.shape[0], device=slots.device)
+        places = _padded(places)
+        self._write(joined[places], positions[places], slots[places])
 
 
-def _latest(slots: Tensor) -> Tensor | None:
-    """Places ``[U]`` of the last occurrence of every slot, or None if none occurs twice.
+def _joined(states: Sequence[States]) -> Tensor:
+    """All steps' states, concatenated: ``[T, m*d]``."""
+    if len(states) == 1 and isinstance(states[0], Tensor):
+        return states[0]
+    layers = max(1 if isinstance(step, Tensor) else len(step) for step in states)
+    by_step = (_by_layer(step, layers) for step in states)
+    return torch.cat([torch.cat(layer) for layer in zip(*by_step, strict=True)], dim=-1)
+
+
+def _by_layer(states: States, layers: int) -> Sequence[Tensor]:
+    return states.chunk(layers, dim=-1) if isinstance(states, Tensor) else states
+
+
+def _latest(slots: Tensor) -> Tensor:
+    """Places ``[U]`` of the last occurrence of every slot.
 
     A block that was freed and given to another request is in ``slots`` twice; the kernels write in no particular order.
     """
     ordered, places = torch.sort(slots, stable=True)
     last = torch.ones_like(ordered, dtype=torch.bool)
     last[:-1] = ordered[1:] != ordered[:-1]
-    return None if bool(last.all()) else places[last]
+    return places[last]
+
+
+def _padded(places: Tensor) -> Tensor:
+    """The same, the last one repeated so that matrix products come in few sizes (see :func:`next_size`)."""
+    count = places.shape[0]
+    return torch.cat([places, places[-1:].expand(int(next_size(np.int64(count))) - count)])

@@ -31,6 +31,7 @@ CONFIG, ARGUMENTS = "vllm.config.vllm", "vllm.engine.arg_utils"
 DFLASH, PROPOSER = "vllm.v1.spec_decode.dflash", "vllm.v1.spec_decode.llm_base_proposer"
 MODELS = "vllm.model_executor.models"
 SAMPLING, SCHEDULED = "vllm.sampling_params", "vllm.v1.core.sched.output"
+SCHEDULER = "vllm.v1.core.sched.scheduler"
 NO_COSTS = "measured step times: the policy learns them while serving"
 
 
@@ -80,7 +81,16 @@ HOOKS: tuple[Hook, ...] = (
     _v1(CONFIG, "VllmConfig.use_v2_model_runner", "tells which runner the reserved slots are for", "self", when=CONFIG),
     _v1(
         "vllm.config.speculative", "SpeculativeConfig", "says the method and the draft model; takes the proposer's settings",
-        "method", "num_speculative_tokens", "draft_model_config", "disable_padded_drafter_batch", when=CONFIG,
+        "method", "num_speculative_tokens", "draft_model_config", "disable_padded_drafter_batch",
+        "disable_eagle_block_drop", when=CONFIG,
+    ),
+    _v1(
+        SCHEDULER, "Scheduler.__init__", "schedule a single new token of a cached prompt as it is, without made-up drafts",
+        "vllm_config", mentions=("dynamic_sd_lookup", "num_spec_tokens"), when=SCHEDULER, replace=patches.scheduler_init,
+    ),
+    _v1(
+        SCHEDULER, "Scheduler.schedule", "makes them up, unless k depends on the number of requests", "self",
+        mentions=("dynamic_sd_lookup", "num_spec_tokens"), when=SCHEDULER,
     ),
     _v1(
         RUNNER, "EagleProposer", "the branch of the V1 runner that method 'dspark' falls into: build our proposer there",
@@ -92,11 +102,12 @@ HOOKS: tuple[Hook, ...] = (
     ),
     _v1(
         RUNNER, "GPUModelRunner.propose_draft_token_ids",
-        "calls the proposer with sampled token lists and concatenated hidden states",
-        "sampled_token_ids", "aux_hidden_states",
+        "calls the proposer with sampled token lists and concatenated hidden states; wrapped to leave it out at rest",
+        "scheduler_output", "sampled_token_ids", "sampling_metadata", "hidden_states", "sample_hidden_states",
+        "aux_hidden_states", "spec_decode_metadata", "common_attn_metadata", "slot_mappings",
         mentions=(
-            "disable_padded_drafter_batch", "use_aux_hidden_state_outputs", "prepare_next_token_ids_cpu", "prepare_inputs",
-            "propose", "take_last_draft_probs",
+            "_get_positions", "disable_padded_drafter_batch", "use_aux_hidden_state_outputs", "prepare_next_token_ids_cpu",
+            "prepare_inputs", "propose", "take_last_draft_probs",
         ),
     ),
     _v1(

@@ -5,10 +5,13 @@ mends what is broken on CPUs for every method, in processes where another engine
 """
 
 import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from vllm_dspark import options
+
+logger = logging.getLogger("vllm.dspark")
 
 
 def create_speculative_config(original: Any) -> Any:
@@ -191,16 +194,41 @@ def graph_manager(original: Any) -> Any:
 
 
 def validate_adaptive_verification(original: Any) -> Any:
-    """The check of the finished configuration, after choosing how drafts are verified."""
+    """The check of the finished configuration, after choosing how drafts are verified and what the prefix cache gives."""
 
     @functools.wraps(original)
     def wrapper(self: Any) -> None:
         speculative = self.speculative_config
-        if speculative is not None and speculative.method == "dspark" and self.use_v2_model_runner:
-            from vllm_dspark.engine import v2_form
+        if speculative is not None and speculative.method == "dspark":
+            if self.use_v2_model_runner:
+                from vllm_dspark.engine import v2_form
 
-            v2_form.choose(self)
+                v2_form.choose(self)
+            elif not self.model_config.is_hybrid:
+                # EAGLE needs the token after each one it has context for; DSpark does not, and can use every cached block.
+                speculative.disable_eagle_block_drop = True
         original(self)
+
+    return wrapper
+
+
+def scheduler_init(original: Any) -> Any:
+    """A scheduler that does not pad a request with made-up drafts where a single token of its prompt is not cached.
+
+    vLLM does for graphs' sake, unless k depends on the number of requests: so it is told that k does, and is always the same.
+    The V1 rejection sampler has no q for such drafts, and then judges everybody's as if it had been certain of them.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        speculative = vllm_config.speculative_config
+        if speculative is None or speculative.method != "dspark" or vllm_config.use_v2_model_runner:
+            return
+        if speculative.disable_eagle_block_drop:
+            logger.info("DSpark can use every cached block: vLLM's warning about EAGLE's trailing block does not concern it")
+        if self.dynamic_sd_lookup is None:
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (vllm_config.scheduler_config.max_num_seqs + 1)
 
     return wrapper
 

@@ -149,6 +149,9 @@ class Script:
         self.began = 0.0
         self.draft_seconds = 0.0
 
+    def rests(self, sampled: Sequence[Sequence[int]]) -> bool:
+        return False
+
     def judged(self, drafts: Sequence[int], tokens: int) -> None:
         """Nothing is learned here."""
 

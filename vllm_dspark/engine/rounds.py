@@ -5,6 +5,7 @@ Everything here is host arithmetic on lists and small arrays; the policy itself 
 
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +25,9 @@ NOBODY: Rows = np.zeros(0, dtype=np.int64)
 
 class Decider(Protocol):
     """What the proposer asks once per round, in this order; ``lengths`` only if rows were returned."""
+
+    def rests(self, sampled: Sequence[Sequence[int]]) -> bool:
+        """Whether nobody drafts after a step that verified nothing; if so, nothing else is asked in this round."""
 
     def judged(self, drafts: Sequence[int], tokens: int) -> None:
         """The step verified so many drafts of each request and ran on so many tokens."""
@@ -54,6 +58,14 @@ class Rounds:
         self._verified: Sequence[int] | None = None
         self._tokens = 0
 
+    def rests(self, sampled: Sequence[Sequence[int]]) -> bool:
+        names = self.runner.input_batch.req_ids[: len(sampled)]
+        if names != self._batch or not self.policy.rest(names):
+            return False
+        self._drafted = 0
+        self.end(time.perf_counter(), 0.0)
+        return True
+
     def judged(self, drafts: Sequence[int], tokens: int) -> None:
         self._verified, self._tokens = drafts, tokens
 
@@ -65,9 +77,6 @@ class Rounds:
                 prefill goes on. contexts: tokens of context, ``(R,)``. k: most drafts of any request.
         """
         names = list(self.runner.input_batch.req_ids[: len(sampled)])
-        if self._verified is None and names == self._batch and self.policy.rest(names):
-            self._drafted = 0
-            return NOBODY
         total = float(contexts.sum())
         self._learn(now, names, sampled, contexts, total)
         if names != self._batch:
@@ -169,6 +178,9 @@ class Shared:
         self._rounds, self._group = rounds, group
         self._drafting = torch.zeros(requests, dtype=torch.int32, device=group.device)
         self._rows, self._k = 0, 0
+
+    def rests(self, sampled: Sequence[Sequence[int]]) -> bool:
+        return False  # rank 0 alone knows
 
     def judged(self, drafts: Sequence[int], tokens: int) -> None:
         if self._rounds is not None:

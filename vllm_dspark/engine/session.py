@@ -32,6 +32,7 @@ class Run:
         token_ids: generated ids per request. texts: the same, decoded. seconds: wall time of the whole batch.
         drafts: rounds that verified at least one draft. drafted, accepted: draft tokens.
         accepted_at: accepted drafts by position in the block.
+        cached: tokens of each prompt that were in the prefix cache.
         top: per request and token, the best ids with their logits or log-probabilities, if ``logprobs`` was asked for.
     """
 
@@ -42,6 +43,7 @@ class Run:
     drafted: int = 0
     accepted: int = 0
     accepted_at: tuple[int, ...] = ()
+    cached: tuple[int, ...] = ()
     top: list[list[dict[int, float]]] | None = None
 
     @property
@@ -188,6 +190,7 @@ def _run(engine: Any, prompts: list[Any], concurrency: int, sampling: dict[str, 
     before = _counters(engine)
     waiting = list(enumerate(prompts))[::-1]
     outputs: dict[str, Any] = {}
+    cached: dict[str, int] = {}
     began = time.perf_counter()
     names = [f"{began}-{index}" for index in range(len(prompts))]
     going = set(names)
@@ -201,11 +204,13 @@ def _run(engine: Any, prompts: list[Any], concurrency: int, sampling: dict[str, 
             break
         for output in core.step():
             outputs[output.request_id] = output.outputs[0]
+            cached[output.request_id] = output.num_cached_tokens or 0
             if output.finished:
                 going.discard(output.request_id)
     seconds = time.perf_counter() - began
     core.abort_request(list(going))
-    ordered = [outputs[name] for name in names if name in outputs]
+    seen = [name for name in names if name in outputs]
+    ordered = [outputs[name] for name in seen]
     change = _difference(before, _counters(engine))
     return Run(
         [list(output.token_ids) for output in ordered],
@@ -215,6 +220,7 @@ def _run(engine: Any, prompts: list[Any], concurrency: int, sampling: dict[str, 
         drafted=change.get("num_draft_tokens", (0,))[0],
         accepted=change.get("num_accepted_tokens", (0,))[0],
         accepted_at=change.get("num_accepted_tokens_per_pos", ()),
+        cached=tuple(cached[name] for name in seen),
         top=[_top(output) for output in ordered] if sampling.get("logprobs") else None,
     )
 

@@ -34,7 +34,8 @@ def cost(proposer: Any) -> CostModel | None:
     whole = proposer.vllm_config.parallel_config.pipeline_parallel_size == 1  # else no rank can run a step by itself
     table = profiling.table(proposer.runner, proposer, options.profile_seconds if whole else 0.0, options.cache_dir)
     requests = proposer.max_batch_size
-    return CostModel(table, requests * (1 + proposer.num_speculative_tokens), requests)
+    most = requests * (1 + proposer.num_speculative_tokens)
+    return CostModel(table, most, requests, few_sizes=proposer.device.type == "cpu")
 
 
 def decider(proposer: Any, costs: CostModel | None) -> Decider:

@@ -54,6 +54,7 @@ class DSparkProposer(DFlashProposer):
         self.runner = runner
         runner.use_aux_hidden_state_outputs = True
         plain.skip_rejection_sampling(runner)
+        plain.rest(runner, self.rests)
         most = self.max_batch_size * self.queries
         self.max_query_tokens = most
         if most > self.max_padded_query_tokens:
@@ -86,6 +87,19 @@ class DSparkProposer(DFlashProposer):
     def start_policy(self) -> None:
         """Measure step times, if the policy needs them; the runner is ready and nobody is served yet."""
         self.rounds = setup.decider(self, setup.cost(self))
+
+    def rests(self, sampled: list[list[int]], states: list[Tensor], metadata: CommonAttentionMetadata) -> bool:
+        """Whether nobody drafts after this step, which verified nothing; then its hidden states are kept, ``[T, d]`` each.
+
+        False: nothing was done, and :meth:`propose` is to follow.
+        """
+        if not self.rounds.rests(sampled):
+            return False
+        tokens = metadata.num_actual_tokens
+        kept = [state[:tokens] for state in states]
+        own = kept if self.device.type == "cpu" else torch.cat(kept, dim=-1)  # elsewhere a graph may reuse their memory
+        self.context.add(own, self.runner._get_positions(tokens), metadata.slot_mapping[:tokens])
+        return True
 
     def prepare_next_token_ids_cpu(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> None:
         """Keep the tokens sampled; the anchors are made of them if anybody drafts."""

@@ -139,12 +139,26 @@ class StepTiming:
     draft_seconds: float = 0.0
 
 
+def next_size(tokens: NDArray[np.int64] | np.int64) -> NDArray[np.int64] | np.int64:
+    """The next size, of eight to each power of two.
+
+    CPU libraries prepare every new size of a matrix product, which can take as long as the product, and keep a bounded number.
+    """
+    steps = 1 << np.maximum(np.log2(np.maximum(tokens - 1, 1)).astype(np.int64) - 3, 0)
+    return -(-tokens // steps) * steps
+
+
 class CostModel:
     """A table with its online correction; every time it returns is in seconds and corrected."""
 
-    def __init__(self, table: CostTable, max_tokens: int, max_requests: int, refresh: int = 8) -> None:
-        """Args: max_tokens, max_requests: largest step. refresh: measured steps between rebuilds of the corrected curves."""
-        self.table = table
+    def __init__(self, table: CostTable, max_tokens: int, max_requests: int, refresh: int = 8, few_sizes: bool = False) -> None:
+        """Begin with the table as it is.
+
+        Args:
+            max_tokens, max_requests: largest step. refresh: measured steps between rebuilds of the corrected curves.
+            few_sizes: steps that verify drafts had better come in few sizes, see :func:`next_size`.
+        """
+        self.table, self.few_sizes = table, few_sizes
         self.max_tokens, self.max_requests, self.refresh = max_tokens, max_requests, refresh
         self.target = Corrector(max_tokens)
         self.draft = Corrector(max_requests)

@@ -170,7 +170,7 @@ class History:
     def _learn_fleet(self, number: Floats, gain: Floats, survival: Floats, drawn: int, now: int, settled: bool) -> None:
         self.drafted += drawn
         kept = self.fleet_weight * 2.0 ** (min(self.fleet_last + 1 - now, 0) / _FLEET_STALE)
-        if settled or drawn * (float(gain[0]) - float(self.fleet_gain[0])) ** 2 > _JUMP * max(self.first, self.within):
+        if settled or min(drawn, 4) * (float(gain[0]) - float(self.fleet_gain[0])) ** 2 > _JUMP * max(self.first, self.within):
             kept = min(kept, drawn)
         self.fleet_weight = min(kept + drawn, max(_FLEET_MEMORY, 2.0 * drawn))
         self.fleet_last = now

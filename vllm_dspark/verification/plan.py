@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_dspark.verification.cost import CostModel
+from vllm_dspark.verification.cost import CostModel, next_size
 from vllm_dspark.verification.records import DraftDecision, Rows
 from vllm_dspark.verification.survival import Floats, Survival
 
@@ -77,12 +77,18 @@ class Plan:
         self.lengths = self.accepted = None
 
     def curve(self, cost: CostModel) -> Floats:
-        """Time of the round by drafts verified of the adaptive rows, ``(Σ caps + 1,)``; infinite beyond the speed objective."""
+        """Time of the round by drafts verified of the adaptive rows, ``(Σ caps + 1,)``; infinite beyond the speed objective.
+
+        Where steps had better come in few sizes, that of the next such size: then the drafts up to it come for nothing.
+        """
         if self._curve is None:
             rows, load = self.decision.rows[self.adaptive], self.load
             mean = float(self.contexts[rows].sum()) / max(rows.size, 1)
             drafts = int(self.caps[rows].sum())
             self._curve = cost.curve(load.sure_tokens, drafts, load.requests, load.context, mean) + self.draft_seconds
+            if cost.few_sizes:
+                sizes = next_size(load.sure_tokens + np.arange(1, drafts + 1)) - load.sure_tokens
+                self._curve[1:] = self._curve[np.minimum(sizes, drafts)]
             if self.time_limit < np.inf:
                 self._curve[1:][self._curve[1:] > self.time_limit] = np.inf
         return self._curve

@@ -133,8 +133,7 @@ class Policy:
             self._draft(plan, (plan.kinds == _FIXED).nonzero()[0], NOBODY, "policy failed")
         idle = plan.decision.reason in ("does not pay", "guarded") and not plan.decision.drafting
         wake = self.probing.wake(plan.slots, self.round, alone=idle)
-        anyone = idle and not self.requests.special and self.ledger.credit < self.probing.least
-        self._standing.decided(inputs, plan.decision, self.round, wake, anyone)
+        self._standing.decided(inputs, plan.decision, self.round, wake, crowd=idle and not self.requests.special)
         return plan
 
     def _prepare(self, inputs: RoundInput) -> Plan:

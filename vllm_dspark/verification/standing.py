@@ -7,7 +7,7 @@ import numpy as np
 from vllm_dspark.verification.records import DraftDecision, RoundInput, Rows
 
 _IDLE, _DRAFTING = 16, 6  # rounds for which a decision not to draft, and one to draft, stands at most
-_CROWD = 0.25  # change of the number of requests, as a share, that ends a decision not to draft
+_CROWD = 0.25  # share of the requests that may be others before a decision not to draft no longer stands
 _ONCE = ("measuring no drafting", "probing")
 
 
@@ -20,17 +20,17 @@ class Standing:
         self._other_tokens = 0
         self._rows: Rows = np.zeros(0, dtype=np.int64)
         self._agreed = self._until = 0
-        self._anyone = False
+        self._known: frozenset[str] | None = None
 
     def drop(self) -> None:
         """Decide anew in the next round."""
         self._until = 0
 
-    def decided(self, inputs: RoundInput, decision: DraftDecision, now: int, wake: int, anyone: bool) -> None:
+    def decided(self, inputs: RoundInput, decision: DraftDecision, now: int, wake: int, crowd: bool) -> None:
         """A decision was made in round ``now``.
 
         Args:
-            wake: round in which something is due whatever happens. anyone: it is not to draft, for whatever requests.
+            wake: round in which something is due whatever happens. crowd: it is not to draft, whoever exactly is there.
         """
         self._until = now
         if decision.reason in _ONCE or decision.probes.any():
@@ -43,23 +43,33 @@ class Standing:
         if span:
             self._requests = inputs.requests[:]  # the caller may go on with the same list
             self._limits = None if inputs.limits is None else np.array(inputs.limits)
-            self._other_tokens, self._anyone = inputs.other_tokens, anyone
+            self._other_tokens = inputs.other_tokens
+            self._known = frozenset(self._requests) if crowd else None
 
     def rests(self, requests: Sequence[str], now: int) -> bool:
         """Whether the last decision, if it was not to draft, answers round ``now`` of these requests as well.
 
         Nothing else is looked at: while requests go on decoding, the drafts they have room for only become fewer.
         """
-        return now <= self._until and not self._rows.size and (self._anyone or requests == self._requests)
+        return now <= self._until and not self._rows.size and requests == self._requests
 
     def stands(self, inputs: RoundInput, now: int) -> bool:
         """Whether the last decision answers this round as well."""
         if now > self._until:
             return False
-        if self._anyone:
-            return abs(len(inputs.requests) - len(self._requests)) <= _CROWD * len(self._requests)
+        if self._known is not None:
+            return self._same_crowd(inputs.requests)
         if inputs.other_tokens != self._other_tokens or inputs.requests != self._requests:
             return False
         if inputs.limits is None or self._limits is None:
             return inputs.limits is self._limits
         return bool((inputs.limits == self._limits).all())
+
+    def _same_crowd(self, requests: Sequence[str]) -> bool:
+        """Whether most of these requests were there when it was decided, and about as many."""
+        assert self._known is not None
+        changed = max(abs(len(requests) - len(self._known)), len(self._known.symmetric_difference(requests)) // 2)
+        if changed > _CROWD * len(self._known):
+            return False
+        self._requests = requests[:]
+        return True
