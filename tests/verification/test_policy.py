@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from vllm_dspark.verification.cost import CostModel, CostTable, StepTiming
+from vllm_dspark.verification.cost import CostModel, CostTable, StepTiming, next_size
 from vllm_dspark.verification.history import History
 from vllm_dspark.verification.policy import Policy
 from vllm_dspark.verification.records import Outcomes, PolicyOptions, RoundInput
@@ -381,3 +381,75 @@ def test_overconfidence_is_made_up_for_within_a_few_rounds():
     assert history.factor.max() < 0.75
     history.fitted(np.array([True, False, False, False]))
     assert history.factor[0] == 1.0 > history.factor[1:].max()
+
+
+def after_a_hard_beginning(first, later, requests=40):
+    """What is expected of a request after its hard first round, at its 30th token, by a history of such requests."""
+    history = History(4)
+    for request in range(requests):
+        history.reset(0, 10 * request)
+        for number, (tokens, level) in enumerate([(0, first), (12, later), (30, later), (40, later)]):
+            slots, contexts = np.array([0]), np.array([100.0 + tokens])
+            history.expected(slots, 10 * request + number, np.array([4]), contexts)
+            history.drew(slots, np.full((1, 1, 4), level), 10 * request + number, contexts)
+    history.reset(0, 1000)
+    slots, now = np.array([0]), 10 * requests
+    history.expected(slots, now, np.array([4]), np.array([100.0]))
+    history.drew(slots, np.full((1, 1, 4), first), now, np.array([100.0]))
+    return history.expected(slots, now + 1, np.array([4]), np.array([130.0]))[1][0, 0]
+
+
+def test_a_beginning_that_is_always_hard_says_little_of_what_follows():
+    assert after_a_hard_beginning(0.1, 0.9) > 2.0
+    assert after_a_hard_beginning(0.1, 0.1) < 0.6
+
+
+def test_requests_that_differ_are_not_taken_for_phases():
+    """Half of the requests are good from beginning to end, the others bad: nothing is learned about beginnings."""
+    history = History(4)
+    for request in range(60):
+        history.reset(0, 10 * request)
+        for number, tokens in enumerate((0, 6, 12, 30, 60)):
+            slots, contexts = np.array([0]), np.array([100.0 + tokens])
+            history.drew(slots, np.full((1, 1, 4), 0.9 if request % 2 else 0.1), 10 * request + number, contexts)
+    assert np.abs(history.phase_gain).max() < 0.5
+
+
+@pytest.mark.parametrize("requests", [3, 9, 20])
+def test_steps_come_in_few_sizes_where_that_is_better(requests):
+    names, table = (
+        tuple("abcdefghijklmnopqrstuvwxyz"[:requests]),
+        CostTable((1, 4096), (0.010, 0.110), (1, 512), (0.002, 0.0021)),
+    )
+    sizes = {}
+    for few in (False, True):
+        policy = Policy(7, CostModel(table, 4096, 512, few_sizes=few), PolicyOptions())
+        rng, sizes[few] = np.random.default_rng(0), []
+        for _ in range(60):
+            rows = policy.begin_round(RoundInput(names, np.full(requests, 100))).rows
+            if rows.size == 0:
+                continue
+            lengths = policy.lengths(rng.uniform(0.5, 0.99, (rows.size, 7)))
+            sizes[few].append(requests + int(lengths.sum()))
+            policy.observe(Outcomes([names[row] for row in rows], lengths, np.minimum(lengths, 4)))
+    assert len(sizes[True]) > 40
+    grained = np.array(sizes[True])
+    assert (next_size(grained) == grained).mean() > 0.9
+    assert len(set(sizes[True])) <= len(set(sizes[False]))
+
+
+def test_a_decision_not_to_draft_stands_for_a_crowd_that_changes_slowly():
+    names = [f"r{index}" for index in range(8)]
+    policy = make(STEEP)
+    play(policy, 60, 0.1, names=names)
+    while policy._standing._until < policy.round + 3:
+        play(policy, 1, 0.1, names=names)
+    policy.finish(names[:1])
+    policy.add("new")
+    assert not policy.rest([*names[1:], "new"])
+    plan = policy._plan
+    policy.begin_round(RoundInput([*names[1:], "new"], np.full(8, 100)))
+    assert policy._plan is plan
+    assert policy.rest([*names[1:], "new"])
+    policy.begin_round(RoundInput([f"other{index}" for index in range(8)], np.full(8, 100)))
+    assert policy._plan is not plan

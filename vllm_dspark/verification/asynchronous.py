@@ -142,7 +142,7 @@ class AsynchronousPolicy(Policy):
         flight.conditional = self.history.conditional(flight.slots, logits)
         keep = flight.good & self._held(flight)
         survival = history.survivals(flight.conditional[keep]).astype(np.float64)
-        self.history.drew(flight.slots[keep], survival[None], flight.number, settled=raw is None)
+        self.history.drew(flight.slots[keep], survival[None], flight.number, flight.contexts[keep], settled=raw is None)
 
     def _held(self, flight: Flight) -> NDArray[np.bool_]:
         """Which of the flight's requests still have their slots, ``(n,)``."""

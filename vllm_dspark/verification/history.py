@@ -5,8 +5,10 @@ each a logistic filter on judged drafts (a censored draft is no evidence) that s
 starts as the fleet. A factor learned in the same way makes up for over-confidence long before temperatures can be fitted.
 Yield: for thresholds v the number of drafts N(v) whose survival exceeds v and their summed survival G(v), averaged over a
 request's recent draft rounds and shrunk to the fleet's. N and G describe the whole trade-off: verifying what exceeds v costs
-N(v) tokens and brings G(v). How far to shrink is learned (empirical Bayes): where requests differ by more than their rounds do,
-a request's own rounds soon count. Averages that a round contradicts are given up at once.
+N(v) tokens and brings G(v). What the fleet's requests have in common as they go on (a hard beginning, say) is learned apart, by
+tokens generated, and everything else is learned without it, so that a few bad first rounds say little of what follows. How far
+to shrink is learned (empirical Bayes): where requests differ by more than their rounds do, a request's own rounds soon count.
+Averages that a round contradicts are given up at once.
 """
 
 import math
@@ -31,13 +33,15 @@ _KEPT = 24.0  # and after which a request's count half while there is none: what
 _SHRINK = (0.5, 8.0)  # draft rounds that the fleet's average counts in a request's: least, most
 _WITHIN, _FIRST = 1.0, 1.5  # prior variances of Σ survival: of a request's rounds, and of a first round around the fleet
 _WITHIN_MEMORY, _FIRST_MEMORY = 64.0, (4.0, 24.0)  # draft rounds and requests that they reach back
+_PHASES = 6  # of a request: from 0, 4, 12, 28, 60 and 124 tokens on
+_PHASE_PRIOR, _PHASE_MEMORY = 16.0, 64.0  # requests that "all phases are alike" counts, and that a phase's average reaches back
 _JUMP = 9.0  # squared deviation, in variances, at which an average is given up
 _REQUEST_PRECISION = (4.0, 8.0)  # of a request's correction: prior, most
 _POSITION_PRECISION = (8.0, 80.0)  # of a position's correction: prior, most
 _FACTOR_PRECISION = (8.0, 80.0)  # of the factor's logarithm: prior, most
 _FACTOR, _FACTOR_STEP = (0.2, 3.0), 0.3  # least and most, and largest change of the logarithm at once
 _BOUND = 4.0  # largest correction, logits
-_FIELDS = ("number", "gain", "weight", "shift", "precision", "recent", "mean", "last")
+_FIELDS = ("number", "gain", "weight", "shift", "precision", "recent", "mean", "last", "born", "phase")
 
 
 def yields(survival: Floats) -> tuple[Floats, Floats]:
@@ -60,6 +64,8 @@ class History:
         self.recent = np.zeros((capacity, width))
         self.mean = np.zeros((capacity, width))
         self.last = np.zeros(capacity, dtype=np.int64)
+        self.born = np.full(capacity, -1.0)  # context when first seen
+        self.phase = np.full(capacity, -1)  # of its last draft round
         self.positions = np.zeros(width)
         self.position_precision = np.full(width, _POSITION_PRECISION[0])
         self.factor = np.ones(width)
@@ -68,6 +74,8 @@ class History:
         number, gain = yields(prior[None, :])
         self.fleet_number, self.fleet_gain, self.fleet_mean = number[0], gain[0], prior
         self._prior_number, self._prior_gain = number[0], gain[0]
+        self.phase_number, self.phase_gain = np.zeros((2, _PHASES, THRESHOLDS.size))
+        self.phase_weight = np.zeros(_PHASES)
         self.fleet_weight = _FLEET_PRIOR
         self.fleet_last = 0
         self.drafted = self.looked = 0  # draft rounds, and requests that had at least one
@@ -82,7 +90,7 @@ class History:
                 setattr(self, name, np.concatenate([array, np.zeros_like(array)]))
         self.weight[slot] = self.shift[slot] = 0.0
         self.precision[slot] = _REQUEST_PRECISION[0]
-        self.last[slot] = now
+        self.last[slot], self.born[slot], self.phase[slot] = now, -1.0, -1
         self.recent[slot] = self.mean[slot] = self.fleet_mean
 
     def conditional(self, slots: Slots, logits: Floats) -> Floats:
@@ -94,22 +102,31 @@ class History:
         """What calibrated logits are multiplied with, ``(γ,)``, and what is added then, ``(n, γ)``."""
         return self.factor, self.positions + self.shift[slots, None]
 
-    def expected(self, slots: Slots, now: int, caps: Slots) -> tuple[Floats, Floats]:
+    def phases(self, slots: Slots, contexts: Floats) -> Slots:
+        """Which phase each request is in, ``(n,)``, by its tokens of context ``(n,)`` since it was first asked about."""
+        born = self.born[slots]
+        new = born < 0.0
+        if new.any():
+            self.born[slots[new]] = contexts[new]
+            born = self.born[slots]
+        phase = np.log2(np.maximum(contexts - born, 0.0) / 4.0 + 1.0)
+        return np.asarray(np.minimum(phase, _PHASES - 1), dtype=np.int64)
+
+    def expected(self, slots: Slots, now: int, caps: Slots, contexts: Floats) -> tuple[Floats, Floats]:
         """N and G of a draft round of each request, ``(n, thresholds)``, shrunk to the fleet.
 
         Args:
-            now: number of the round. caps: most drafts of each request, ``(n,)``, at least 1.
+            now: number of the round. caps: most drafts of each request, ``(n,)``, at least 1. contexts: tokens, ``(n,)``.
         """
-        weight = self.weight[slots] * np.exp2((self.last[slots] - now) / _KEPT)
-        shrink = min(max(self.within / max(self.first - self.within, 1e-9), _SHRINK[0]), _SHRINK[1])
-        share = (shrink / (shrink + weight))[:, None]
-        number = self.number[slots] + share * (self.fleet_number - self.number[slots])
-        gain = self.gain[slots] + share * (self.fleet_gain - self.gain[slots])
-        new = weight == 0.0
+        number, gain = self._shrunk(slots, now)
+        new = self.weight[slots] == 0.0
         if new.any():  # a fleet of few requests may be an odd one
             hope = _HOPE / (_HOPE + self.looked)
             number[new] += hope * (self._prior_number - number[new])
             gain[new] += hope * (self._prior_gain - gain[new])
+        phase = self.phases(slots, contexts)
+        number = np.minimum(np.maximum(number + self.phase_number[phase], 0.0), float(self.width))
+        gain = np.minimum(np.maximum(gain + self.phase_gain[phase], 0.0), number)
         if caps.size and caps.min() < self.width:  # the yields were measured without the cap
             survival = np.cumsum(self.mean[slots], axis=1)
             part = survival[np.arange(slots.size), caps - 1] / np.maximum(survival[:, -1], 1e-9)
@@ -117,12 +134,20 @@ class History:
             gain = np.minimum(gain * part[:, None], number)
         return number, gain
 
-    def drew(self, slots: Slots, survival: Floats, now: int, settled: bool = False) -> None:
+    def _shrunk(self, slots: Slots, now: int) -> tuple[Floats, Floats]:
+        """N and G of each request, ``(n, thresholds)``, whatever the phase."""
+        weight = self.weight[slots] * np.exp2((self.last[slots] - now) / _KEPT)
+        shrink = min(max(self.within / max(self.first - self.within, 1e-9), _SHRINK[0]), _SHRINK[1])
+        share = (shrink / (shrink + weight))[:, None]
+        number = self.number[slots] + share * (self.fleet_number - self.number[slots])
+        return number, self.gain[slots] + share * (self.fleet_gain - self.gain[slots])
+
+    def drew(self, slots: Slots, survival: Floats, now: int, contexts: Floats, settled: bool = False) -> None:
         """Learn the yields of draft rounds of these requests, verified or not.
 
         Args:
-            survival: ``(m, n, γ)`` of m rounds in a row, the last of them ``now``. settled: they come from :meth:`guess`, which
-                is an average already; the last replaces what was known.
+            survival: ``(m, n, γ)`` of m rounds in a row, the last of them ``now``. contexts: tokens, ``(n,)``.
+            settled: they come from :meth:`guess`, which is an average already; the last replaces what was known.
         """
         if settled:
             survival = survival[-1:]
@@ -130,8 +155,12 @@ class History:
         if requests == 0:
             return
         numbers, gains = yields(survival.reshape(-1, self.width))
-        number = numbers.reshape(rounds, requests, -1).mean(axis=0)
-        gain = gains.reshape(rounds, requests, -1).mean(axis=0)
+        phase = self.phases(slots, contexts)
+        number = numbers.reshape(rounds, requests, -1).mean(axis=0) - self.phase_number[phase]
+        gain = gains.reshape(rounds, requests, -1).mean(axis=0) - self.phase_gain[phase]
+        if not settled:
+            usual = self._shrunk(slots, now)
+            self._learn_phases(slots, phase, number - usual[0], gain - usual[1])
         mean = survival.mean(axis=0)
         weight = self.weight[slots]
         gap = self.last[slots] + rounds - now
@@ -141,7 +170,7 @@ class History:
             self.precision[slots] = np.maximum(self.precision[slots] * kept, _REQUEST_PRECISION[0])
         old = self.gain[slots]
         new = self.weight[slots] == 0.0
-        self._learn_spread(gains[-requests:, 0], old[:, 0], weight, new)
+        self._learn_spread(gains[-requests:, 0] - self.phase_gain[phase, 0], old[:, 0], weight, new)
         self.looked += int(np.count_nonzero(new))
         off = (gain[:, 0] - old[:, 0]) ** 2 * weight
         weight = np.where(off > _JUMP * self.within * (weight / rounds + 1.0), np.minimum(weight, 0.5), weight) + rounds
@@ -153,6 +182,21 @@ class History:
         self.recent[slots] = survival[-1]
         self.last[slots] = now
         self._learn_fleet(number.mean(axis=0), gain.mean(axis=0), mean.mean(axis=0), requests * rounds, now, settled)
+
+    def _learn_phases(self, slots: Slots, phase: Slots, number: Floats, gain: Floats) -> None:
+        """What the first round of a phase has beyond what was expected of a request already known, ``(n, thresholds)``.
+
+        Requests are compared with themselves: those of a phase may be others than those of all rounds.
+        """
+        entered = (self.phase[slots] != phase) & (self.weight[slots] >= 1.0)
+        self.phase[slots] = phase
+        for each in np.unique(phase[entered]):
+            here = entered & (phase == each)
+            came = float(np.count_nonzero(here))
+            self.phase_weight[each] = min(self.phase_weight[each] + came, max(_PHASE_MEMORY, came))
+            rate = came / (self.phase_weight[each] + _PHASE_PRIOR)
+            self.phase_number[each] += rate * number[here].mean(axis=0)
+            self.phase_gain[each] += rate * gain[here].mean(axis=0)
 
     def _learn_spread(self, level: Floats, own: Floats, weight: Floats, new: NDArray[np.bool_]) -> None:
         """How much Σ survival varies between the rounds of a request, and between a new request and the fleet; all ``(n,)``."""
@@ -225,6 +269,7 @@ class History:
             "mean": self.fleet_mean.tolist(), "weight": self.fleet_weight, "precision": self.position_precision.tolist(),
             "factor": self.factor.tolist(), "factor_precision": self.factor_precision,
             "within": self.within, "first": self.first, "looked": self.looked,
+            "phases": [self.phase_number.tolist(), self.phase_gain.tolist()], "phase_weight": self.phase_weight.tolist(),
         }  # fmt: skip
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -239,6 +284,10 @@ class History:
         for name, array in arrays.items():
             if array.shape != (wanted.get(name, self.width),) or not np.isfinite(array).all():
                 raise ValueError(f"history: {name} has {array.size} values, wanted {wanted.get(name, self.width)} finite ones")
+        phases, weights = np.asarray(state["phases"], dtype=np.float64), np.asarray(state["phase_weight"], dtype=np.float64)
+        if phases.shape != (2, _PHASES, THRESHOLDS.size) or weights.shape != (_PHASES,) or not np.isfinite(phases).all():
+            raise ValueError(f"history: phases have shape {phases.shape}, wanted {(2, _PHASES, THRESHOLDS.size)}, finite")
+        (self.phase_number, self.phase_gain), self.phase_weight = phases, weights
         self.positions, self.fleet_mean = arrays["positions"], arrays["mean"]
         self.fleet_number, self.fleet_gain = arrays["number"], arrays["gain"]
         self.position_precision, self.fleet_weight = arrays["precision"], float(state["weight"])

@@ -181,8 +181,8 @@ class Policy:
 
     def _compare(self, cost: CostModel, plan: Plan, rows: Rows) -> tuple[Choice, Rows]:
         """The best subset of these rows, and the rows in the order in which they join it."""
-        number, gain = self.history.expected(plan.slots[rows], self.round, plan.caps[rows])
         contexts = plan.contexts[rows]
+        number, gain = self.history.expected(plan.slots[rows], self.round, plan.caps[rows], contexts)
         if rows.size > 1:
             dear = cost.table.draft_per_context * plan.tokens / max(self.ledger.typical_round, 1e-9)
             best_first = choice.order(number, gain, contexts, self._price, min(dear, 1.0))
@@ -280,9 +280,9 @@ class Policy:
         plan = self._plan
         if plan is None or not plan.survivals:
             return
-        slots, survival = plan.slots[plan.decision.rows][plan.good], np.array(plan.survivals, dtype=np.float64)[:, plan.good]
+        rows, survival = plan.decision.rows[plan.good], np.array(plan.survivals, dtype=np.float64)[:, plan.good]
         plan.survivals.clear()
-        self.history.drew(slots, survival, plan.drawn, settled=plan.raw is None)
+        self.history.drew(plan.slots[rows], survival, plan.drawn, plan.contexts[rows], settled=plan.raw is None)
 
     def _allot(self, plan: Plan, survival: Survival, caps: Rows) -> Rows:
         lengths = np.where(plan.adaptive, 0, self._fixed(caps))
