@@ -35,6 +35,7 @@ _WITHIN, _FIRST = 1.0, 1.5  # prior variances of Σ survival: of a request's rou
 _WITHIN_MEMORY, _FIRST_MEMORY = 64.0, (4.0, 24.0)  # draft rounds and requests that they reach back
 _PHASES = 6  # of a request: from 0, 4, 12, 28, 60 and 124 tokens on
 _PHASE_PRIOR, _PHASE_MEMORY = 16.0, 64.0  # requests that "all phases are alike" counts, and that a phase's average reaches back
+_ALIKE = 4  # most draft rounds of different requests in one round that count as so many: they may all be in the same phase
 _JUMP = 9.0  # squared deviation, in variances, at which an average is given up
 _REQUEST_PRECISION = (4.0, 8.0)  # of a request's correction: prior, most
 _POSITION_PRECISION = (8.0, 80.0)  # of a position's correction: prior, most
@@ -214,7 +215,8 @@ class History:
     def _learn_fleet(self, number: Floats, gain: Floats, survival: Floats, drawn: int, now: int, settled: bool) -> None:
         self.drafted += drawn
         kept = self.fleet_weight * 2.0 ** (min(self.fleet_last + 1 - now, 0) / _FLEET_STALE)
-        if settled or min(drawn, 4) * (float(gain[0]) - float(self.fleet_gain[0])) ** 2 > _JUMP * max(self.first, self.within):
+        off = min(drawn, _ALIKE) * (float(gain[0]) - float(self.fleet_gain[0])) ** 2
+        if settled or off > _JUMP * max(self.first, self.within):
             kept = min(kept, drawn)
         self.fleet_weight = min(kept + drawn, max(_FLEET_MEMORY, 2.0 * drawn))
         self.fleet_last = now
