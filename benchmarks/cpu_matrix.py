@@ -160,6 +160,14 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
     console.print(f"adaptive over no plugin, geometric mean of {len(gains)} cells: {statistics.geometric_mean(gains):.2f}")
 
 
+def save(out: Path, console: Console, cells: list[dict[str, Any]], **settings: Any) -> None:
+    """Write the JSON: date, machine, settings and cells."""
+    record = {"date": datetime.date.today().isoformat(), "machine": machine(), **settings, "cells": cells}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    console.print(f"written to {out}")
+
+
 def main(
     head: Annotated[str, typer.Option(help="correction head of the drafter")] = "vanilla",
     domain: Annotated[list[str] | None, typer.Option(help="domain, or 'mixed'; repeat for several")] = None,
@@ -201,13 +209,7 @@ def main(
         for name, load in cells
     ]
     show(results, console)
-    record = {
-        "date": datetime.date.today().isoformat(), "machine": machine(), "head": head, "compiled": compiled,
-        "tokens": tokens, "repeats": repeats, "sets": sets, "cells": results,
-    }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    console.print(f"written to {out}")
+    save(out, console, results, head=head, compiled=compiled, tokens=tokens, repeats=repeats, sets=sets)
 
 
 if __name__ == "__main__":

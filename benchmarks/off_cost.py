@@ -8,8 +8,6 @@ one engine changes sides every few steps: with drafting off, or with everything 
 Steps in which a request joins are told apart; those right after a change are not counted, nor are stalls.
 """
 
-import datetime
-import json
 import statistics
 import time
 from pathlib import Path
@@ -120,13 +118,7 @@ def main(
         table.add_row(str(load), f"{1e3 * step:.2f}", *shown)
         cells.append({"concurrency": load, "step_seconds": step, "quartiles": spread})
     console.print(table)
-    record = {
-        "date": datetime.date.today().isoformat(), "machine": cpu_matrix.machine(), "domain": domain, "repeats": repeats,
-        "cells": cells,
-    }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    console.print(f"written to {out}")
+    cpu_matrix.save(out, console, cells, domain=domain, repeats=repeats)
 
 
 if __name__ == "__main__":
