@@ -392,8 +392,8 @@ def after_a_hard_beginning(first, later, requests=40):
             slots, contexts = np.array([0]), np.array([100.0 + tokens])
             history.expected(slots, 10 * request + number, np.array([4]), contexts)
             history.drew(slots, np.full((1, 1, 4), level), 10 * request + number, contexts)
-    history.reset(0, 1000)
     slots, now = np.array([0]), 10 * requests
+    history.reset(0, now)
     history.expected(slots, now, np.array([4]), np.array([100.0]))
     history.drew(slots, np.full((1, 1, 4), first), now, np.array([100.0]))
     return history.expected(slots, now + 1, np.array([4]), np.array([130.0]))[1][0, 0]

@@ -49,9 +49,10 @@ class DeferredContext:
             return
         joined = _joined([states for states, _, _ in parts])
         positions, slots = torch.cat([positions for _, positions, _ in parts]), torch.cat([slots for *_, slots in parts])
-        places = _latest(slots) if len(parts) > 1 else torch.arange(slots.shape[0], device=slots.device)
-        places = _padded(places)
-        self._write(joined[places], positions[places], slots[places])
+        if len(parts) > 1 or slots.device.type == "cpu":
+            places = _padded(_latest(slots) if len(parts) > 1 else torch.arange(slots.shape[0]))
+            joined, positions, slots = joined[places], positions[places], slots[places]
+        self._write(joined, positions, slots)
 
 
 def _joined(states: Sequence[States]) -> Tensor:

@@ -75,7 +75,8 @@ HOOKS: tuple[Hook, ...] = (
         module=f"{V2}.speculator", mentions=("max_num_reqs", "draft_token_confidence_probs", "enable_adaptive_verification"),
     ),
     _trim(
-        "VllmConfig._validate_adaptive_verification", "choose the form of verification before weights load", "self",
+        "VllmConfig._validate_adaptive_verification",
+        "choose the form of verification before weights load; on V1, keep the last cached block of a prompt", "self",
         module=CONFIG, mentions=("enable_adaptive_verification", "lora_config"), replace=patches.validate_adaptive_verification,
     ),
     _v2(
