@@ -3,12 +3,13 @@
     python benchmarks/cpu_matrix.py                              # every cell, about 90 minutes
     python benchmarks/cpu_matrix.py --domain records --concurrency 8 --repeats 5
 
-One engine serves all arms side by side, told apart by each request's own options; a second engine, without the plugin, is the
-anchor, and a third one like it the control: two engines that should be equally fast can differ by 10 % for as long as they
-live. So the repeats are spread over several sets of fresh engines, and the control's spread says what a ratio is worth. Arms
-take turns in an order that rotates, so that a ratio compares runs that stood next to each other. A run lasts as long as there
-are as many requests in flight as the cell says, and requests differ in length, so that they end and are replaced one by one in
-every arm. Figures are medians over the repeats of ratios within a repeat; spreads are quartiles.
+One engine serves all arms, told apart by each request's own options; a second engine, without the plugin, is the anchor, and a
+third one like it the control. Every run of an arm has a run of the anchor beside it: both are paused every tenth of a second,
+and whoever has fewer tokens goes on, so that what slows the machine down for a while slows both. Two engines that should be
+equally fast can still differ for as long as they live: so the repeats are spread over several sets of fresh engines, and the
+control's spread says what a ratio is worth. A run lasts as long as there are as many requests in flight as the cell says, and
+requests differ in length, so that they end and are replaced one by one in every arm. Figures are medians over the repeats;
+spreads are quartiles.
 """
 
 import datetime
@@ -19,6 +20,7 @@ import os
 import platform
 import statistics
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +31,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vllm_dspark import demo
-from vllm_dspark.engine.session import EngineProcess, Run
+from vllm_dspark.engine.session import EngineProcess, Run, side_by_side
 
 ANCHOR, CONTROL, OFF, ADAPTIVE = "no plugin", "control", "off", "adaptive"
 MIXED = "mixed"
@@ -61,11 +63,10 @@ def fixed(k: int) -> str:
     return f"k={k}"
 
 
-def arms(drafts: list[int], control: bool = True) -> dict[str, dict[str, Any] | None]:
-    """The extra arguments of each arm's requests; None where there is no plugin."""
+def arms(drafts: list[int], control: bool = True) -> dict[str, dict[str, Any]]:
+    """The extra arguments of each arm's requests."""
     return {
-        ANCHOR: None,
-        **({CONTROL: None} if control else {}),
+        **({CONTROL: {}} if control else {}),
         OFF: {"dspark_policy": "off"},
         **{fixed(k): {"dspark_policy": "fixed", "dspark_max_draft_tokens": k} for k in drafts},
         ADAPTIVE: {},
@@ -93,49 +94,64 @@ def prompts(domain: str, count: int) -> list[str]:
     return list(itertools.islice(itertools.cycle(one), count))
 
 
+@dataclass(frozen=True)
+class Pair:
+    """An arm's run, and the anchor's beside it."""
+
+    run: Run
+    anchor: Run
+
+    @property
+    def ratio(self) -> float:
+        """The arm's throughput over the anchor's."""
+        return self.run.tokens_per_second / self.anchor.tokens_per_second
+
+
 def cell(
     engines: dict[str | None, EngineProcess],
-    compared: dict[str, dict[str, Any] | None],
+    compared: dict[str, dict[str, Any]],
     texts: list[str],
     load: int,
     tokens: int,
     repeats: range,
-) -> dict[str, list[Run]]:
+) -> dict[str, list[Pair]]:
     """Every arm once per repeat, in an order that rotates; ``engines`` by arm, None: all others."""
-    runs: dict[str, list[Run]] = {name: [] for name in compared}
-    names = list(runs)
+    pairs: dict[str, list[Pair]] = {name: [] for name in compared}
+    names, anchor = list(pairs), engines[ANCHOR]
     for repeat in repeats:
         shift = repeat % len(names)
         for name in names[shift:] + names[:shift]:
-            where = engines[name if name in engines else None]
-            run = where.generate(
-                texts, concurrency=load, sustained=True, lengths=lengths(tokens, len(texts)), extra_args=compared[name] or None
-            )
-            runs[name].append(run)
-    return runs
+            engine = engines[name if name in engines else None]
+            for each, extra in ((engine, compared[name]), (anchor, {})):
+                each.begin(
+                    texts, concurrency=load, sustained=True, lengths=lengths(tokens, len(texts)), extra_args=extra or None
+                )
+            pairs[name].append(Pair(*side_by_side((engine, anchor))))
+    return pairs
 
 
-def figures(runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
+def figures(pairs: dict[str, list[Pair]]) -> list[dict[str, Any]]:
     """Per arm: throughput, and its ratio to the anchor and to the fixed k with the best median."""
-    speed = {name: [run.tokens_per_second for run in done] for name, done in runs.items()}
-    uniform = [name for name in runs if name.startswith("k=")]
-    best = max(uniform, key=lambda name: statistics.median(_ratios(speed[name], speed[ANCHOR])))
+    ratios = {name: [pair.ratio for pair in done] for name, done in pairs.items()}
+    uniform = [name for name in pairs if name.startswith("k=")]
+    best = max(uniform, key=lambda name: statistics.median(ratios[name]))
     return [
         {
             "arm": name,
-            "tokens_per_second": statistics.median(speed[name]),
-            "to_anchor": _spread(_ratios(speed[name], speed[ANCHOR])),
-            "to_best_fixed": _spread(_ratios(speed[name], speed[best])),
+            "tokens_per_second": statistics.median(pair.run.tokens_per_second for pair in done),
+            "to_anchor": _spread(ratios[name]),
+            "to_best_fixed": _spread([one / other for one, other in zip(ratios[name], ratios[best], strict=True)]),
             "best_fixed": best,
-            "accepted_length": statistics.median(run.accepted_length for run in done),
-            "drafted_per_token": statistics.median(run.drafted / run.tokens for run in done),
+            "accepted_length": statistics.median(pair.run.accepted_length for pair in done),
+            "drafted_per_token": statistics.median(pair.run.drafted / pair.run.tokens for pair in done),
         }
-        for name, done in runs.items()
+        for name, done in pairs.items()
     ]
 
 
-def _ratios(one: list[float], other: list[float]) -> list[float]:
-    return [a / b for a, b in zip(one, other, strict=True)]
+def anchor_speed(pairs: dict[str, list[Pair]]) -> float:
+    """Tokens per second of the engine without the plugin."""
+    return statistics.median(pair.anchor.tokens_per_second for done in pairs.values() for pair in done)
 
 
 def _spread(ratios: list[float]) -> dict[str, float]:
@@ -144,7 +160,7 @@ def _spread(ratios: list[float]) -> dict[str, float]:
 
 
 def show(results: list[dict[str, Any]], console: Console) -> None:
-    names = [row["arm"] for row in results[0]["arms"] if row["arm"] != ANCHOR]
+    names = [row["arm"] for row in results[0]["arms"]]
     table = Table(title="Throughput relative to vLLM without the plugin (medians of paired ratios; quartiles for adaptive)")
     for name in ("domain", "c", "tok/s", *names, "adaptive / best fixed"):
         table.add_column(name, justify="left" if name == "domain" else "right")
@@ -153,7 +169,7 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
         cells = [f"{by[name]['to_anchor']['median']:.2f}" for name in names]
         cells[-1] += " ({lower_quartile:.2f}–{upper_quartile:.2f})".format(**by[ADAPTIVE]["to_anchor"])
         versus = f"{by[ADAPTIVE]['to_best_fixed']['median']:.2f} ({by[ADAPTIVE]['best_fixed']})"
-        speed = f"{by[ANCHOR]['tokens_per_second']:.0f}"
+        speed = f"{entry['tokens_per_second']:.0f}"
         table.add_row(entry["domain"], str(entry["concurrency"]), speed, *cells, versus)
     console.print(table)
     gains = [by["to_anchor"]["median"] for entry in results for by in entry["arms"] if by["arm"] == ADAPTIVE]
@@ -187,7 +203,7 @@ def main(
     if domain is None:
         cells.append((MIXED, max(loads)))
     compared = arms(drafts or [1, 3, 5, 7], control)
-    runs: dict[tuple[str, int], dict[str, list[Run]]] = {key: {name: [] for name in compared} for key in cells}
+    pairs: dict[tuple[str, int], dict[str, list[Pair]]] = {key: {name: [] for name in compared} for key in cells}
     with Progress(console=console) as progress:
         task = progress.add_task("", total=len(cells) * sets)
         for number in range(sets):
@@ -202,12 +218,15 @@ def main(
                     progress.update(task, description=f"set {number + 1} of {sets}: {name} c={load}")
                     texts = prompts(name, count(load))
                     for arm, done in cell(engines, compared, texts, load, tokens, share).items():
-                        runs[name, load][arm] += done
+                        pairs[name, load][arm] += done
                     progress.advance(task)
     results = [
-        {"domain": name, "concurrency": load, "requests": count(load), "arms": figures(runs[name, load])}
-        for name, load in cells
-    ]
+        {
+            "domain": name, "concurrency": load, "requests": count(load), "tokens_per_second": anchor_speed(done),
+            "arms": figures(done),
+        }
+        for (name, load), done in pairs.items()
+    ]  # fmt: skip
     show(results, console)
     save(out, console, results, head=head, compiled=compiled, tokens=tokens, repeats=repeats, sets=sets)
 

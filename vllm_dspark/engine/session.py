@@ -1,17 +1,18 @@
 """A vLLM engine in a process of its own, driven from another: how the demo, the benchmarks and the tests compare arms.
 
 Arms in one process would share caches and patches; arms one after the other would meet different machine noise. Each
-gets a process, all stay up, and whoever compares them alternates.
+gets a process, all stay up, and whoever compares them alternates: run by run, or within a run (:func:`side_by_side`).
 """
 
 import contextlib
 import importlib
+import math
 import os
 import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -96,9 +97,30 @@ class EngineProcess:
         prompt by a list ``lengths``. ``sustained``: stop as soon as fewer are in flight, and abort those; the run holds what
         was generated until then, of the requests that had begun.
         """
-        sampling = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
-        run: Run = self._ask("run", list(prompts), concurrency or len(prompts), sampling, sustained)
+        self.begin(prompts, max_tokens, concurrency, sustained, **sampling)
+        run = self.go_on(math.inf)
+        assert isinstance(run, Run)
         return run
+
+    def begin(
+        self,
+        prompts: Sequence[str | list[int]],
+        max_tokens: int = 96,
+        concurrency: int | None = None,
+        sustained: bool = False,
+        **sampling: Any,
+    ) -> None:
+        """Prepare what :meth:`generate` would do at once; :meth:`go_on` does it."""
+        sampling = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
+        self._ask("begin", list(prompts), concurrency or len(prompts), sampling, sustained)
+
+    def go_on(self, seconds: float) -> "Run | int":
+        """Go on for about so long, to the end of a step: the finished run, or how many tokens there are so far.
+
+        In between the process waits, and its ``time.perf_counter`` stands still: nobody takes the pause for a slow step.
+        """
+        done: Run | int = self._ask("go on", seconds)
+        return done
 
     def refused(self, prompt: str, **sampling: Any) -> str:
         """The error that a request with these parameters meets, as "Type: message"; empty if it is taken."""
@@ -153,6 +175,24 @@ class EngineProcess:
         self.close()
 
 
+def side_by_side(engines: Sequence[EngineProcess], seconds: float = 0.1) -> list[Run]:
+    """The runs that these engines have begun, in slices of about ``seconds``: whoever has fewest tokens goes on.
+
+    So they generate the same tokens at nearly the same time, and a machine that slows down for a while slows down all of them.
+    """
+    runs: dict[EngineProcess, Run] = {}
+    tokens: dict[EngineProcess, int] = dict.fromkeys(engines, 0)
+    while tokens:
+        behind = min(tokens, key=tokens.__getitem__)
+        done = behind.go_on(seconds)
+        if isinstance(done, Run):
+            runs[behind] = done
+            del tokens[behind]
+        else:
+            tokens[behind] = done
+    return [runs[engine] for engine in engines]
+
+
 def _serve(pipe: Connection, log: str, environment: dict[str, str], prepare: str | None, options: dict[str, Any]) -> None:
     """Child process: build the engine, then answer one batch after the other until None arrives."""
     os.setsid()
@@ -169,8 +209,10 @@ def _serve(pipe: Connection, log: str, environment: dict[str, str], prepare: str
 
         engine = LLM(**{"disable_log_stats": False, "seed": 0, **options})
         pipe.send(("ready", None))
+        runs = _Runs()
         answers: dict[str, Callable[..., Any]] = {
-            "run": _run, "refused": _refused, "tokenize": _tokenize, "explain": _explain, "call": _call
+            "begin": runs.begin, "go on": runs.go_on, "refused": _refused, "tokenize": _tokenize, "explain": _explain,
+            "call": _call,
         }  # fmt: skip
         while (question := pipe.recv()) is not None:
             what, arguments = question
@@ -182,7 +224,36 @@ def _serve(pipe: Connection, log: str, environment: dict[str, str], prepare: str
         pipe.send(("error", traceback.format_exc()))
 
 
-def _run(engine: Any, prompts: list[Any], concurrency: int, sampling: dict[str, Any], sustained: bool = False) -> Run:
+class _Runs:
+    """The run that a process is at, and its clock."""
+
+    def __init__(self) -> None:
+        self._run: Generator[int, float, Run] | None = None
+        self._clock = time.perf_counter
+        self._paused, self._since = 0.0, self._clock()
+        time.perf_counter = lambda: self._clock() - self._paused
+
+    def begin(self, engine: Any, *arguments: Any) -> None:
+        self._run = _run(engine, *arguments)
+        next(self._run)
+        self._since = self._clock()
+
+    def go_on(self, engine: Any, seconds: float) -> Run | int:
+        assert self._run is not None
+        self._paused += self._clock() - self._since
+        try:
+            return self._run.send(seconds)
+        except StopIteration as done:
+            run: Run = done.value
+            return run
+        finally:
+            self._since = self._clock()
+
+
+def _run(
+    engine: Any, prompts: list[Any], concurrency: int, sampling: dict[str, Any], sustained: bool = False
+) -> Generator[int, float, Run]:
+    """Takes the seconds it may go on for, yields the tokens so far, returns the run."""
     from vllm import SamplingParams
 
     core = engine.llm_engine
@@ -191,7 +262,9 @@ def _run(engine: Any, prompts: list[Any], concurrency: int, sampling: dict[str, 
     waiting = list(enumerate(prompts))[::-1]
     outputs: dict[str, Any] = {}
     cached: dict[str, int] = {}
+    pause = yield 0
     began = time.perf_counter()
+    pause += began
     names = [f"{began}-{index}" for index in range(len(prompts))]
     going = set(names)
     while waiting or core.has_unfinished_requests():
@@ -207,6 +280,9 @@ def _run(engine: Any, prompts: list[Any], concurrency: int, sampling: dict[str, 
             cached[output.request_id] = output.num_cached_tokens or 0
             if output.finished:
                 going.discard(output.request_id)
+        if time.perf_counter() >= pause:
+            seconds = yield sum(len(output.token_ids) for output in outputs.values())
+            pause = time.perf_counter() + seconds
     seconds = time.perf_counter() - began
     core.abort_request(list(going))
     seen = [name for name in names if name in outputs]
