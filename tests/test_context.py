@@ -85,6 +85,22 @@ def test_late_writes_come_in_few_sizes():
     assert len(sizes) <= 8 * 7
 
 
+def test_steps_are_split_so_that_writes_have_the_size_of_the_limit():
+    cache = Cache()
+    context = DeferredContext(cache.write, limit=8)
+    states, positions, slots = step(list(range(20)), list(range(20)))
+    context.add(states.split(1, dim=1), positions, slots)
+    context.add(*step(list(range(30, 45)), list(range(30, 45))))
+    states, positions, slots = step([50], [50])
+    context.add(states.split(1, dim=1), positions, slots)
+    assert cache.writes == [8, 8, 8, 8]
+    context.write()
+    assert cache.writes == [8, 8, 8, 8, 4]
+    assert cache.values[:20].tolist() == list(range(20))
+    assert cache.values[30:45].tolist() == list(range(30, 45))
+    assert cache.values[50] == 50
+
+
 def test_a_slot_given_to_another_request_holds_the_later_token():
     cache = Cache()
     context = DeferredContext(cache.write, limit=100)

@@ -16,6 +16,8 @@ from vllm_dspark.verification.cost import next_size
 Write = Callable[[Tensor, Tensor, Tensor], None]
 States = Tensor | Sequence[Tensor]
 """A step's hidden states: concatenated, ``[T, m*d]``, or per layer, m of ``[T, d]``."""
+Part = tuple[States, Tensor, Tensor]
+"""Hidden states, positions and cache slots of some tokens."""
 
 
 class DeferredContext:
@@ -26,33 +28,57 @@ class DeferredContext:
 
         Args:
             write: takes concatenated target states ``[T, m*d]``, positions ``[T]`` and cache slots ``[T]``.
-            limit: tokens kept at most; 0 writes every step at once (needed where another process reads the cache).
+            limit: tokens that are written together as soon as there are so many; 0 writes every step at once (needed where
+                another process reads the cache).
         """
         self._write, self._limit = write, limit
-        self._parts: list[tuple[States, Tensor, Tensor]] = []
+        self._parts: list[Part] = []
         self.tokens = 0
 
     def add(self, states: States, positions: Tensor, slots: Tensor) -> None:
         """Keep a step's tokens. ``states`` must be the caller's to give; the other two may be views that change later."""
-        count = positions.shape[0]
-        if self._parts and self.tokens + count > self._limit:
-            self.write()
         self._parts.append((states, positions.clone(), slots.clone()))
-        self.tokens += count
-        if self.tokens >= self._limit:
+        self.tokens += positions.shape[0]
+        if not self._limit:
             self.write()
+        while self._limit and self.tokens >= self._limit:
+            self._write_oldest(self._limit)
 
     def write(self) -> None:
-        """Write what is kept, oldest first; of two tokens for one slot the later one counts."""
-        parts, self._parts, self.tokens = self._parts, [], 0
-        if not parts:
-            return
-        joined = _joined([states for states, _, _ in parts])
+        """Write what is kept."""
+        if self.tokens:
+            self._write_oldest(self.tokens)
+
+    def _write_oldest(self, count: int) -> None:
+        """Write so many tokens, oldest first; of two for one slot the later one counts."""
+        parts = self._take(count)
+        states = _joined([states for states, _, _ in parts])
         positions, slots = torch.cat([positions for _, positions, _ in parts]), torch.cat([slots for *_, slots in parts])
-        if len(parts) > 1 or slots.device.type == "cpu":
-            places = _padded(_latest(slots) if len(parts) > 1 else torch.arange(slots.shape[0]))
-            joined, positions, slots = joined[places], positions[places], slots[places]
-        self._write(joined, positions, slots)
+        if len(parts) > 1:
+            places = _latest(slots)
+            if places.shape[0] < count:
+                states, positions, slots = states[places], positions[places], slots[places]
+        if slots.device.type == "cpu":
+            states, positions, slots = _padded(states), _padded(positions), _padded(slots)
+        self._write(states, positions, slots)
+
+    def _take(self, count: int) -> list[Part]:
+        """Remove so many tokens from the front."""
+        taken: list[Part] = []
+        self.tokens -= count
+        while count:
+            states, positions, slots = part = self._parts.pop(0)
+            size = positions.shape[0]
+            if size > count:
+                self._parts.insert(0, (_rows(states, count, size), positions[count:], slots[count:]))
+                part, size = (_rows(states, 0, count), positions[:count], slots[:count]), count
+            taken.append(part)
+            count -= size
+        return taken
+
+
+def _rows(states: States, begin: int, end: int) -> States:
+    return states[begin:end] if isinstance(states, Tensor) else [layer[begin:end] for layer in states]
 
 
 def _joined(states: Sequence[States]) -> Tensor:
@@ -79,7 +105,7 @@ def _latest(slots: Tensor) -> Tensor:
     return places[last]
 
 
-def _padded(places: Tensor) -> Tensor:
-    """The same, the last one repeated so that matrix products come in few sizes (see :func:`next_size`)."""
-    count = places.shape[0]
-    return torch.cat([places, places[-1:].expand(int(next_size(np.int64(count))) - count)])
+def _padded(rows: Tensor) -> Tensor:
+    """The same, the last row repeated so that matrix products come in few sizes (see :func:`next_size`)."""
+    more = int(next_size(np.int64(rows.shape[0]))) - rows.shape[0]
+    return torch.cat([rows, rows[-1:].expand(more, *rows.shape[1:])]) if more else rows
