@@ -106,6 +106,25 @@ def test_a_policy_at_rest_is_told_nothing_while_the_batch_is_the_same():
     assert not rounds.rests([[5], [5]])
     assert rounds.begin(3.0, [[5], [5]], contexts, k=7).size == 2
     assert [name for name, *_ in policy.told("add")] == ["c"]
+    rounds.end(3.5, 0.4)
+    policy.calls.clear()
+    rounds.runner.requests["d"] = request()
+    rounds.runner.input_batch.req_ids = ["d"]
+    assert not rounds.rests([[5]])
+    rounds.begin(9.0, [[5]], np.array([4]), k=7)
+    assert policy.told("observe_step") == []  # the engine may have stood idle
+
+
+def test_a_policy_at_rest_is_told_who_comes_and_goes():
+    rounds, policy = make(a=request(), b=request())
+    rounds.begin(0.0, [[5], [5]], np.array([11, 12]), k=7)
+    policy.rest = lambda names: True  # type: ignore[attr-defined]
+    del rounds.runner.requests["a"]
+    rounds.runner.requests["c"] = request(extra_args={"dspark_policy": "off"})
+    rounds.runner.input_batch.req_ids = ["b", "c"]
+    assert rounds.rests([[5], [5]])
+    assert policy.told("finish")[-1] == ["a"]
+    assert policy.told("add")[-1] == ("c", None, "off")
 
 
 def test_outcomes_and_times_are_those_of_the_round_before():

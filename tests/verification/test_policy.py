@@ -446,10 +446,28 @@ def test_a_decision_not_to_draft_stands_for_a_crowd_that_changes_slowly():
         play(policy, 1, 0.1, names=names)
     policy.finish(names[:1])
     policy.add("new")
-    assert not policy.rest([*names[1:], "new"])
     plan = policy._plan
+    assert policy.rest([*names[1:], "new"])
     policy.begin_round(RoundInput([*names[1:], "new"], np.full(8, 100)))
     assert policy._plan is plan
-    assert policy.rest([*names[1:], "new"])
-    policy.begin_round(RoundInput([f"other{index}" for index in range(8)], np.full(8, 100)))
+    others = [f"other{index}" for index in range(8)]
+    assert not policy.rest(others)
+    policy.begin_round(RoundInput(others, np.full(8, 100)))
     assert policy._plan is not plan
+
+
+def test_only_a_request_that_could_draft_ends_the_rest_of_those_that_cannot():
+    names = [f"r{index}" for index in range(8)]
+    policy = make(CostTable((1, 4096), (0.010, 0.0101), (1, 512), (0.0001, 0.0002)))
+    for name in names:
+        policy.add(name, policy="off")
+    play(policy, 60, 0.9, names=names)
+    policy.begin_round(RoundInput(names, np.full(8, 100)))
+    policy.finish(names[:1])
+    policy.add("mute", max_draft_tokens=0)
+    assert policy.rest([*names[1:], "mute"])
+    policy.finish(names[1:2])
+    policy.add("usual")
+    now = [*names[2:], "mute", "usual"]
+    assert not policy.rest(now)
+    assert policy.begin_round(RoundInput(now, np.full(8, 100))).rows.tolist() == [7]

@@ -49,7 +49,8 @@ class Rounds:
         """Args: queries: of a block forward; a request drafts only while they all fit ``max_model_len``."""
         self.policy, self.runner = policy, runner
         self.queries, self.max_model_len = queries, max_model_len
-        self._batch: list[str] = []  # of the round before, in batch order
+        self._batch: list[str] = []  # in batch order
+        self._before: list[str] = []  # the batch of the round before
         self._served: dict[str, Served] = {}
         self._drafted = 0
         self._draft_context = 0.0
@@ -59,8 +60,8 @@ class Rounds:
         self._tokens = 0
 
     def rests(self, sampled: Sequence[Sequence[int]]) -> bool:
-        names = self.runner.input_batch.req_ids[: len(sampled)]
-        if names != self._batch or not self.policy.rest(names):
+        self._meet(list(self.runner.input_batch.req_ids[: len(sampled)]))
+        if not self.policy.rest(self._batch):
             return False
         self._drafted = 0
         self.end(time.perf_counter(), 0.0)
@@ -79,9 +80,7 @@ class Rounds:
         names = list(self.runner.input_batch.req_ids[: len(sampled)])
         total = float(contexts.sum())
         self._learn(now, names, sampled, contexts, total)
-        if names != self._batch:
-            self._announce(names)
-            self._batch = names
+        self._meet(names)
         rows, limits, waiting = self._able(names, sampled, contexts, k)
         self._drafted = 0
         if not rows:
@@ -103,7 +102,7 @@ class Rounds:
         return self.policy.lengths(confidences)
 
     def end(self, now: float, seconds: float) -> None:
-        self._ended, self._draft_seconds = now, seconds
+        self._ended, self._draft_seconds, self._before = now, seconds, self._batch
 
     def _learn(
         self, now: float, names: list[str], sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], total: float
@@ -123,7 +122,7 @@ class Rounds:
                 )
             )
         # The engine has not stood idle between two rounds if a request was in both, and prefill has costs of its own.
-        if self._ended is None or tokens != len(names) + drafts or not all(sampled) or names[0] not in self._batch:
+        if self._ended is None or tokens != len(names) + drafts or not all(sampled) or names[0] not in self._before:
             return
         spread = None if verified is None else total + float(np.dot(contexts, verified))
         timing = StepTiming(
@@ -131,8 +130,10 @@ class Rounds:
         )
         self.policy.observe_step(timing)
 
-    def _announce(self, names: list[str]) -> None:
-        """Tell the policy of requests that came, with their own options, and of those that went."""
+    def _meet(self, names: list[str]) -> None:
+        """The batch as it is now: tell the policy of requests that came, with their own options, and of those that went."""
+        if names == self._batch:
+            return
         requests = self.runner.requests
         self.policy.finish([name for name in self._batch if name not in requests])
         before, self._served = self._served, {}
@@ -147,6 +148,7 @@ class Rounds:
             if kind == "adaptive" and self.policy.cost is None:
                 kind = None  # nothing to compare: the engine's policy
             self.policy.add(name, options.dspark_max_draft_tokens, kind)
+        self._batch = names
 
     def _able(
         self, names: list[str], sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], k: int

@@ -27,7 +27,7 @@ from vllm_dspark.verification.plan import NO_FLOOR, Load, Plan
 from vllm_dspark.verification.probing import PROBE_DRAFTS, Probing, price
 from vllm_dspark.verification.records import KINDS, DraftDecision, Kind, Outcomes, PolicyOptions, RoundInput, Rows
 from vllm_dspark.verification.registry import Registry
-from vllm_dspark.verification.standing import Standing
+from vllm_dspark.verification.standing import SILENT, Standing
 from vllm_dspark.verification.survival import Floats, Survival, leading, logit, usable
 
 logger = logging.getLogger("vllm.dspark")
@@ -87,7 +87,9 @@ class Policy:
         if slot is not None:
             self.history.reset(slot, self.round)
             self.probing.reset(slot, self.round)
-        if slot is None or max_draft_tokens is not None or policy is not None:
+        silent = max_draft_tokens == 0 or self._kind(policy) == _OFF
+        special = max_draft_tokens is not None or policy is not None
+        if slot is None or (not silent and (special or self._standing.silent)):
             self._standing.drop()
 
     def finish(self, requests: Iterable[str]) -> None:
@@ -108,7 +110,7 @@ class Policy:
         return plan.decision
 
     def rest(self, requests: Sequence[str]) -> bool:
-        """In place of :meth:`begin_round`, where nothing was verified and the batch is as it was: whether nobody drafts again.
+        """In place of :meth:`begin_round`, where nothing was verified: whether nobody drafts again.
 
         False: the round is to be begun as usual. True: it has been, and neither outcomes nor its time need be told.
         """
@@ -132,8 +134,7 @@ class Policy:
             plan.kinds = np.where(plan.kinds == _ADAPTIVE, self._kind(None), plan.kinds)
             self._draft(plan, (plan.kinds == _FIXED).nonzero()[0], NOBODY, "policy failed")
         idle = plan.decision.reason in ("does not pay", "guarded") and not plan.decision.drafting
-        wake = self.probing.wake(plan.slots, self.round, alone=idle)
-        self._standing.decided(inputs, plan.decision, self.round, wake, crowd=idle and not self.requests.special)
+        self._standing.decided(inputs, plan.decision, self.round, self.probing.wake(plan.slots, self.round, alone=idle))
         return plan
 
     def _prepare(self, inputs: RoundInput) -> Plan:
@@ -147,7 +148,7 @@ class Policy:
             caps = np.maximum(np.minimum(inputs.limits, caps), 0)
         contexts = np.asarray(inputs.contexts, dtype=np.float64)
         tokens = slots.size + inputs.other_tokens
-        none = DraftDecision(NOBODY, np.zeros(0, dtype=bool), "nobody can draft")
+        none = DraftDecision(NOBODY, np.zeros(0, dtype=bool), SILENT)
         load = Load(slots.size, tokens, float(slots.size), 0.0, 0.0)
         return Plan(inputs.requests[:], slots, kinds, caps, contexts, tokens, inputs.other_context, none, load)
 

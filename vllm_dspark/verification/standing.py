@@ -8,6 +8,8 @@ from vllm_dspark.verification.records import DraftDecision, RoundInput, Rows
 
 _IDLE, _DRAFTING = 16, 6  # rounds for which a decision not to draft, and one to draft, stands at most
 _CROWD = 0.25  # share of the requests that may be others before a decision not to draft no longer stands
+SILENT = "nobody can draft"
+_CROWDED = ("does not pay", "guarded", SILENT)  # reasons that hold whoever exactly is there
 _ONCE = ("measuring no drafting", "probing")
 
 
@@ -21,18 +23,19 @@ class Standing:
         self._rows: Rows = np.zeros(0, dtype=np.int64)
         self._agreed = self._until = 0
         self._known: frozenset[str] | None = None
+        self.silent = False  # whether nobody could draft
 
     def drop(self) -> None:
         """Decide anew in the next round."""
         self._until = 0
 
-    def decided(self, inputs: RoundInput, decision: DraftDecision, now: int, wake: int, crowd: bool) -> None:
+    def decided(self, inputs: RoundInput, decision: DraftDecision, now: int, wake: int) -> None:
         """A decision was made in round ``now``.
 
         Args:
-            wake: round in which something is due whatever happens. crowd: it is not to draft, whoever exactly is there.
+            wake: round in which something is due whatever happens.
         """
-        self._until = now
+        self._until, self.silent = now, decision.reason == SILENT
         if decision.reason in _ONCE or decision.probes.any():
             return
         same = self._rows.size == decision.rows.size and bool((self._rows == decision.rows).all())
@@ -44,14 +47,16 @@ class Standing:
             self._requests = inputs.requests[:]  # the caller may go on with the same list
             self._limits = None if inputs.limits is None else np.array(inputs.limits)
             self._other_tokens = inputs.other_tokens
-            self._known = frozenset(self._requests) if crowd else None
+            self._known = frozenset(self._requests) if decision.reason in _CROWDED and not decision.drafting else None
 
     def rests(self, requests: Sequence[str], now: int) -> bool:
         """Whether the last decision, if it was not to draft, answers round ``now`` of these requests as well.
 
         Nothing else is looked at: while requests go on decoding, the drafts they have room for only become fewer.
         """
-        return now <= self._until and not self._rows.size and requests == self._requests
+        if now > self._until or self._rows.size:
+            return False
+        return self._same_crowd(requests) if self._known is not None else requests == self._requests
 
     def stands(self, inputs: RoundInput, now: int) -> bool:
         """Whether the last decision answers this round as well."""
@@ -68,6 +73,8 @@ class Standing:
     def _same_crowd(self, requests: Sequence[str]) -> bool:
         """Whether most of these requests were there when it was decided, and about as many."""
         assert self._known is not None
+        if requests == self._requests:
+            return True
         changed = max(abs(len(requests) - len(self._known)), len(self._known.symmetric_difference(requests)) // 2)
         if changed > _CROWD * len(self._known):
             return False
