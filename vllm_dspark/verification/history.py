@@ -5,10 +5,10 @@ each a logistic filter on judged drafts (a censored draft is no evidence) that s
 starts as the fleet. A factor learned in the same way makes up for over-confidence long before temperatures can be fitted.
 Yield: for thresholds v the number of drafts N(v) whose survival exceeds v and their summed survival G(v), averaged over a
 request's recent draft rounds and shrunk to the fleet's. N and G describe the whole trade-off: verifying what exceeds v costs
-N(v) tokens and brings G(v). What the fleet's requests have in common as they go on (a hard beginning, say) is learned apart, by
-tokens generated, and everything else is learned without it, so that a few bad first rounds say little of what follows. How far
-to shrink is learned (empirical Bayes): where requests differ by more than their rounds do, a request's own rounds soon count.
-Averages that a round contradicts are given up at once.
+N(v) tokens and brings G(v). What the fleet's requests have in common as they go on (a hard beginning, say) is learned apart,
+by tokens generated and in shares of what they yield, and everything else is learned without it, so that a few bad first rounds
+say little of what follows. How far to shrink is learned (empirical Bayes): where requests differ by more than their rounds do,
+a request's own rounds soon count. Averages that a round contradicts are given up at once.
 """
 
 import math
@@ -126,8 +126,9 @@ class History:
             number[new] += hope * (self._prior_number - number[new])
             gain[new] += hope * (self._prior_gain - gain[new])
         phase = self.phases(slots, contexts)
-        number = np.minimum(np.maximum(number + self.phase_number[phase], 0.0), float(self.width))
-        gain = np.minimum(np.maximum(gain + self.phase_gain[phase], 0.0), number)
+        level = self._level(gain)
+        number = np.minimum(np.maximum(number + level * self.phase_number[phase], 0.0), float(self.width))
+        gain = np.minimum(np.maximum(gain + level * self.phase_gain[phase], 0.0), number)
         if caps.size and caps.min() < self.width:  # the yields were measured without the cap
             survival = np.cumsum(self.mean[slots], axis=1)
             part = survival[np.arange(slots.size), caps - 1] / np.maximum(survival[:, -1], 1e-9)
@@ -143,6 +144,10 @@ class History:
         number = self.number[slots] + share * (self.fleet_number - self.number[slots])
         return number, self.gain[slots] + share * (self.fleet_gain - self.gain[slots])
 
+    def _level(self, gain: Floats) -> Floats:
+        """What the effects of phases are shares of, ``(n, 1)``: Σ survival, half the request's and half the fleet's."""
+        return 0.5 * (gain[:, :1] + self.fleet_gain[0])
+
     def drew(self, slots: Slots, survival: Floats, now: int, contexts: Floats, settled: bool = False) -> None:
         """Learn the yields of draft rounds of these requests, verified or not.
 
@@ -157,11 +162,13 @@ class History:
             return
         numbers, gains = yields(survival.reshape(-1, self.width))
         phase = self.phases(slots, contexts)
-        number = numbers.reshape(rounds, requests, -1).mean(axis=0) - self.phase_number[phase]
-        gain = gains.reshape(rounds, requests, -1).mean(axis=0) - self.phase_gain[phase]
+        usual = self._shrunk(slots, now)
+        level = self._level(usual[1])
+        number = numbers.reshape(rounds, requests, -1).mean(axis=0) - level * self.phase_number[phase]
+        gain = gains.reshape(rounds, requests, -1).mean(axis=0) - level * self.phase_gain[phase]
+        last = gains[-requests:, 0] - (level * self.phase_gain[phase])[:, 0]
         if not settled:
-            usual = self._shrunk(slots, now)
-            self._learn_phases(slots, phase, number - usual[0], gain - usual[1])
+            self._learn_phases(slots, phase, level, number - usual[0], gain - usual[1])
         mean = survival.mean(axis=0)
         weight = self.weight[slots]
         gap = self.last[slots] + rounds - now
@@ -171,7 +178,7 @@ class History:
             self.precision[slots] = np.maximum(self.precision[slots] * kept, _REQUEST_PRECISION[0])
         old = self.gain[slots]
         new = self.weight[slots] == 0.0
-        self._learn_spread(gains[-requests:, 0] - self.phase_gain[phase, 0], old[:, 0], weight, new)
+        self._learn_spread(last, old[:, 0], weight, new)
         self.looked += int(np.count_nonzero(new))
         off = (gain[:, 0] - old[:, 0]) ** 2 * weight
         weight = np.where(off > _JUMP * self.within * (weight / rounds + 1.0), np.minimum(weight, 0.5), weight) + rounds
@@ -184,20 +191,22 @@ class History:
         self.last[slots] = now
         self._learn_fleet(number.mean(axis=0), gain.mean(axis=0), mean.mean(axis=0), requests * rounds, now, settled)
 
-    def _learn_phases(self, slots: Slots, phase: Slots, number: Floats, gain: Floats) -> None:
+    def _learn_phases(self, slots: Slots, phase: Slots, level: Floats, number: Floats, gain: Floats) -> None:
         """What the first round of a phase has beyond what was expected of a request already known, ``(n, thresholds)``.
 
-        Requests are compared with themselves: those of a phase may be others than those of all rounds.
+        In shares of the ``level`` expected, ``(n, 1)``, so that it holds for requests of another kind as well. Requests are
+        compared with themselves: those of a phase may be others than those of all rounds.
         """
         entered = (self.phase[slots] != phase) & (self.weight[slots] >= 1.0)
         self.phase[slots] = phase
+        usual = max(float(self.fleet_gain[0]), 0.1) ** 2  # what a request counts
         for each in np.unique(phase[entered]):
             here = entered & (phase == each)
-            came = float(np.count_nonzero(here))
-            self.phase_weight[each] = min(self.phase_weight[each] + came, max(_PHASE_MEMORY, came))
-            rate = came / (self.phase_weight[each] + _PHASE_PRIOR)
-            self.phase_number[each] += rate * number[here].mean(axis=0)
-            self.phase_gain[each] += rate * gain[here].mean(axis=0)
+            came = float((level[here] ** 2).sum())
+            self.phase_weight[each] = min(self.phase_weight[each] + came, max(_PHASE_MEMORY * usual, came))
+            known = self.phase_weight[each] + _PHASE_PRIOR * usual
+            self.phase_number[each] += (level * number)[here].sum(axis=0) / known
+            self.phase_gain[each] += (level * gain)[here].sum(axis=0) / known
 
     def _learn_spread(self, level: Floats, own: Floats, weight: Floats, new: NDArray[np.bool_]) -> None:
         """How much Σ survival varies between the rounds of a request, and between a new request and the fleet; all ``(n,)``."""
