@@ -2,9 +2,9 @@
 
     python benchmarks/off_cost.py                     # about 5 minutes
 
-Two engines that should be equally fast can differ by 10 % for as long as they live, which is more than what is looked for. So
-one engine changes sides every few steps: with drafting off, or with everything that vLLM does for speculation taken out of it
-(hidden states for the drafter, the proposer, slots for drafts). Memory that the drafter occupies is occupied on both sides.
+Two engines that should be equally fast come out several percent apart, which is more than what is looked for. So one engine
+changes sides every few steps: with drafting off, or with everything that vLLM does for speculation taken out of it (hidden
+states for the drafter, the proposer, slots for drafts). Memory that the drafter occupies is occupied on both sides.
 Steps in which a request joins are told apart; those right after a change are not counted, nor are stalls.
 """
 
