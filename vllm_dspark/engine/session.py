@@ -83,21 +83,9 @@ class EngineProcess:
             self._ready = True
         return self
 
-    def generate(
-        self,
-        prompts: Sequence[str | list[int]],
-        max_tokens: int = 96,
-        concurrency: int | None = None,
-        sustained: bool = False,
-        **sampling: Any,
-    ) -> Run:
-        """Generate for all prompts (texts or ids) with at most ``concurrency`` in flight (default: all).
-
-        Greedy unless ``sampling``, which is ``vllm.SamplingParams``', says otherwise. ``max_tokens`` may be changed per
-        prompt by a list ``lengths``. ``sustained``: stop as soon as fewer are in flight, and abort those; the run holds what
-        was generated until then, of the requests that had begun.
-        """
-        self.begin(prompts, max_tokens, concurrency, sustained, **sampling)
+    def generate(self, prompts: Sequence[str | list[int]], *arguments: Any, **sampling: Any) -> Run:
+        """The finished run of what :meth:`begin` prepares; the arguments are the same."""
+        self.begin(prompts, *arguments, **sampling)
         run = self.go_on(math.inf)
         assert isinstance(run, Run)
         return run
@@ -110,7 +98,12 @@ class EngineProcess:
         sustained: bool = False,
         **sampling: Any,
     ) -> None:
-        """Prepare what :meth:`generate` would do at once; :meth:`go_on` does it."""
+        """Prepare to generate for all prompts (texts or ids) with at most ``concurrency`` in flight (default: all).
+
+        Greedy unless ``sampling``, which is ``vllm.SamplingParams``', says otherwise. ``max_tokens`` may be changed per
+        prompt by a list ``lengths``. ``sustained``: stop as soon as fewer are in flight, and abort those; the run holds what
+        was generated until then, of the requests that had begun.
+        """
         sampling = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
         self._ask("begin", list(prompts), concurrency or len(prompts), sampling, sustained)
 
@@ -179,6 +172,7 @@ def side_by_side(engines: Sequence[EngineProcess], seconds: float = 0.1) -> list
     """The runs that these engines have begun, in slices of about ``seconds``: whoever has fewest tokens goes on.
 
     So they generate the same tokens at nearly the same time, and a machine that slows down for a while slows down all of them.
+    Each engine's core must run in the engine's own process, as it does unless the environment says otherwise.
     """
     runs: dict[EngineProcess, Run] = {}
     tokens: dict[EngineProcess, int] = dict.fromkeys(engines, 0)
