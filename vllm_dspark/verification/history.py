@@ -145,8 +145,8 @@ class History:
         return number, self.gain[slots] + share * (self.fleet_gain - self.gain[slots])
 
     def _level(self, gain: Floats) -> Floats:
-        """What the effects of phases are shares of, ``(n, 1)``: Σ survival, half the request's and half the fleet's."""
-        return 0.5 * (gain[:, :1] + self.fleet_gain[0])
+        """What the effects of phases are shares of, ``(n, 1)``: Σ survival, a third the request's, the rest the fleet's."""
+        return (gain[:, :1] + 2.0 * self.fleet_gain[0]) / 3.0
 
     def drew(self, slots: Slots, survival: Floats, now: int, contexts: Floats, settled: bool = False) -> None:
         """Learn the yields of draft rounds of these requests, verified or not.
