@@ -11,6 +11,7 @@ import contextlib
 import functools
 import gc
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -150,13 +151,15 @@ def run_arm(options: dict[str, Any], batches: list[dict[str, Any]], notebook: No
     """Per batch: generated ids, accepted drafts by position, rounds, the blocks drafted, the checks made."""
     from vllm import LLM
 
-    from vllm_dspark.engine.session import _run
+    from vllm_dspark.engine.session import Run, _Runs
 
     engine: Any = LLM(**{"disable_log_stats": False, "seed": 0, **options})
-    results = []
+    runs, results = _Runs(), []
     for batch in batches:
         sampling = {"temperature": 0.0, "ignore_eos": True, **batch["sampling"]}
-        run = _run(engine, batch["prompts"], batch.get("concurrency") or len(batch["prompts"]), sampling)
+        runs.begin(engine, batch["prompts"], batch.get("concurrency") or len(batch["prompts"]), sampling)
+        run = runs.go_on(engine, math.inf)
+        assert isinstance(run, Run)
         result = {"token_ids": run.token_ids, "accepted_at": run.accepted_at, "drafts": run.drafts, "drafted": run.drafted}
         result |= {"prompt_ids": [_ids(engine, prompt) for prompt in batch["prompts"]], "shown": _shown()}
         results.append({**result, **notebook.take()})
