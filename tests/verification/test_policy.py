@@ -492,3 +492,33 @@ def test_only_a_request_that_could_draft_ends_the_rest_of_those_that_cannot():
     now = [*names[2:], "mute", "usual"]
     assert not policy.rest(now)
     assert policy.begin_round(RoundInput(now, np.full(8, 100))).rows.tolist() == [7]
+
+
+def test_nothing_is_decided_while_nobody_may_ever_draft():
+    names = [f"r{index}" for index in range(8)]
+    policy = make(CostTable((1, 4096), (0.010, 0.0101), (1, 512), (0.0001, 0.0002)))
+    for name in names:
+        policy.add(name, policy="off")
+    policy.begin_round(RoundInput(names, np.full(8, 100)))
+    before = policy.round
+    for new in range(500):
+        assert policy.rest(names)
+        policy.finish(names[:1])
+        names = [*names[1:], f"new{new}"]
+        policy.add(names[-1], max_draft_tokens=0) if new % 2 else policy.add(names[-1], policy="off")
+    assert policy.round == before
+    policy.add(names[3], policy="adaptive")  # it has changed its mind
+    assert not policy.rest(names)
+    assert policy.begin_round(RoundInput(names, np.full(8, 100))).rows.tolist() == [3]
+
+
+def test_an_engine_that_is_off_rests_until_a_request_wants_drafts():
+    policy = make(policy="off")
+    policy.begin_round(RoundInput(["a"], np.array([100])))
+    assert policy.rest(["a"])
+    policy.add("b", policy="fixed")
+    assert not policy.rest(["a", "b"])
+    assert policy.begin_round(RoundInput(["a", "b"], np.array([100, 100]))).rows.tolist() == [1]
+    policy.finish(["b"])
+    policy.begin_round(RoundInput(["a"], np.array([100])))
+    assert policy.rest(["a"])

@@ -32,7 +32,7 @@ from vllm_dspark.verification.survival import Floats, Survival, leading, logit, 
 
 logger = logging.getLogger("vllm.dspark")
 
-_ADAPTIVE, _FIXED, _OFF = range(3)
+_ADAPTIVE, _FIXED = KINDS.index("adaptive"), KINDS.index("fixed")
 _TRIAL = 32  # requests that draft together until so many have
 MANY = 16  # requests from which their last survivals together stand for this round's
 _CHECK = 8  # rounds between two that only measure what not drafting takes
@@ -66,13 +66,11 @@ class Policy:
         self.counters: Counter[str] = Counter()
         self.failure: str | None = None
         self.round = 0
-        self.requests = Registry()
+        self.requests = Registry(self.options.policy)
         self._standing = Standing()
         self._plan: Plan | None = None
         self._choice: Choice | None = None
-        self._price = 0.3
-        self._checked = -_CHECK
-        self._explored = self._floor_age = 0
+        self._price, self._checked, self._explored, self._floor_age = 0.3, -_CHECK, 0, 0
         self._floor, self._yield = NO_FLOOR, Yield()
         if cost is None and self.options.policy == "adaptive":
             self._fail("there is no cost table")
@@ -87,9 +85,8 @@ class Policy:
         if slot is not None:
             self.history.reset(slot, self.round)
             self.probing.reset(slot, self.round)
-        silent = max_draft_tokens == 0 or self._kind(policy) == _OFF
         special = max_draft_tokens is not None or policy is not None
-        if slot is None or (not silent and (special or self._standing.silent)):
+        if slot is None or (self.requests.may_draft(max_draft_tokens, policy) and (special or self._standing.silent)):
             self._standing.drop()
 
     def finish(self, requests: Iterable[str]) -> None:
@@ -115,6 +112,9 @@ class Policy:
         False: the round is to be begun as usual. True: it has been, and neither outcomes nor its time need be told.
         """
         plan = self._plan
+        if self._standing.silent and not self.requests.able:  # no rounds pass while nobody ever may draft
+            self.counters[SILENT] += 1
+            return True
         if plan is None or not self._standing.rests(requests, self.round + 1):
             return False
         self.round += 1

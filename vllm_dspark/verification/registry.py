@@ -33,15 +33,17 @@ class Registry:
     """Requests by id; slots are reused.
 
     Attributes:
-        special: how many have limits or a policy of their own.
+        special: how many have limits or a policy of their own. able: how many may draft.
         tenancies: how many requests have left each slot, ``(slots,)``; a slot whose number has changed is another's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Kind) -> None:
+        """Begin with nobody. ``kind``: the engine's policy."""
+        self._kind = kind
         self._requests: dict[str, Request] = {}
         self._free: list[int] = []
         self._used = 0
-        self.special = 0
+        self.special = self.able = 0
         self.tenancies = np.zeros(64, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -59,23 +61,32 @@ class Registry:
             raise ValueError(f"policy must be one of {', '.join(KINDS)}, found {kind!r}")
         known = self._requests.get(name)
         if known is not None:
-            self.special += (cap is not None or kind is not None) - known.special
+            self._count(known, -1)
             known.cap, known.kind = cap, kind
+            self._count(known, 1)
             return None
         slot = self._free.pop() if self._free else self._used
         self._used = max(self._used, slot + 1)
         if slot >= self.tenancies.size:
             self.tenancies = np.concatenate([self.tenancies, np.zeros_like(self.tenancies)])
-        self.special += cap is not None or kind is not None
         self._requests[name] = Request(slot, cap, kind, now)
+        self._count(self._requests[name], 1)
         return slot
+
+    def _count(self, request: Request, change: int) -> None:
+        self.special += change * request.special
+        self.able += change * self.may_draft(request.cap, request.kind)
+
+    def may_draft(self, cap: int | None, kind: Kind | None) -> bool:
+        """Whether a request with these, if it has its own, ever drafts."""
+        return cap != 0 and (kind or self._kind) != "off"
 
     def finish(self, names: Iterable[str]) -> None:
         """Forget these; unknown ones are ignored."""
         for name in names:
             gone = self._requests.pop(name, None)
             if gone is not None:
-                self.special -= gone.special
+                self._count(gone, -1)
                 self._free.append(gone.slot)
                 self.tenancies[gone.slot] += 1
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from vllm_dspark.verification.records import DraftDecision, RoundInput, Rows
 
-_IDLE, _DRAFTING = 16, 6  # rounds for which a decision not to draft, and one to draft, stands at most
+_IDLE, _DRAFTING = 32, 6  # rounds for which a decision not to draft, and one to draft, stands at most
 _CROWD = 0.25  # share of the requests that may be others before a decision not to draft no longer stands
 SILENT = "nobody can draft"
 _CROWDED = ("does not pay", "guarded", SILENT)  # reasons that hold whoever exactly is there

@@ -1,0 +1,63 @@
+"""The K/V cache's pages: asked for where Linux has them, and said where it does not."""
+
+import logging
+import mmap
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_dspark.engine import memory
+
+SIZE = 8 << 20
+
+
+def advised(start):
+    """Whether the kernel notes a wish for huge pages ("hg") on the mapping that holds this address."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(end, 16) for end in first.split("-"))
+            here = low <= start < high
+        elif here and first == "VmFlags:":
+            return "hg" in rest.split()
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux" or memory.obstacle() is not None, reason=str(memory.obstacle()))
+def test_asks_once_for_what_layers_share(caplog):
+    whole = torch.zeros(SIZE, dtype=torch.int8)
+    middle = whole.data_ptr() + SIZE // 2
+    assert not advised(middle)
+    with caplog.at_level(logging.INFO, "vllm.dspark"):
+        assert memory.prefer_huge_pages([whole[: SIZE // 2], whole[SIZE // 2 :]]) == SIZE
+    assert advised(middle)
+    assert caplog.messages == ["huge pages for the K/V cache: 8 MiB"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "this system has none"), ("always madvise [never]\n", "says never")], ids=["absent", "never"]
+)
+def test_says_why_not_and_leaves_the_memory_alone(tmp_path, monkeypatch, caplog, content, said):
+    monkeypatch.setattr(memory, "ENABLED", tmp_path / "enabled")
+    if content is not None:
+        memory.ENABLED.write_text(content)
+    cache = torch.zeros(SIZE, dtype=torch.int8)
+    with caplog.at_level(logging.INFO, "vllm.dspark"):
+        assert memory.prefer_huge_pages([cache]) == 0
+    assert said in caplog.text
+    assert not Path("/proc/self/smaps").exists() or not advised(cache.data_ptr() + SIZE // 2)
+
+
+def test_a_refusal_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(memory, "obstacle", lambda: None)
+    monkeypatch.setattr(memory.mmap, "MADV_HUGEPAGE", 12345, raising=False)  # no such advice
+    with caplog.at_level(logging.INFO, "vllm.dspark"):
+        assert memory.prefer_huge_pages([torch.zeros(SIZE, dtype=torch.int8)]) == 0
+    assert "EINVAL" in caplog.text
+
+
+def test_a_tensor_smaller_than_a_page_is_left_alone():
+    assert memory._advise(mmap.PAGESIZE + 1, 100) is None
