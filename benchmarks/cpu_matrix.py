@@ -38,10 +38,10 @@ MIXED = "mixed"
 RESULTS = Path(__file__).parent / "results"
 
 
-def engine(head: str | None, compiled: bool) -> EngineProcess:
+def engine(head: str | None, compiled: bool, dtype: str = "auto") -> EngineProcess:
     """An engine with this drafter; without any, and without the plugin, if None."""
     options: dict[str, Any] = {
-        "model": str(demo.TARGET), "max_model_len": 1024, "enforce_eager": not compiled, "max_num_seqs": 64,
+        "model": str(demo.TARGET), "max_model_len": 1024, "enforce_eager": not compiled, "max_num_seqs": 64, "dtype": dtype,
     }  # fmt: skip
     if head is None:
         return EngineProcess(environment={"VLLM_DSPARK": "0"}, **options)
@@ -194,6 +194,7 @@ def main(
     sets: Annotated[int, typer.Option(help="sets of fresh engines that the repeats are spread over")] = 3,
     control: Annotated[bool, typer.Option(help="a second engine without the plugin")] = True,
     compiled: Annotated[bool, typer.Option(help="let vLLM compile the models, as it does by default")] = False,
+    dtype: Annotated[str, typer.Option(help="of the models, as vLLM names it; auto: bfloat16")] = "auto",
     out: Annotated[Path, typer.Option(help="where the JSON goes")] = RESULTS / "cpu_matrix.json",
 ) -> None:
     """Run the matrix, print the table, write the JSON."""
@@ -211,7 +212,7 @@ def main(
             share = range(repeats * number // sets, repeats * (number + 1) // sets)
             with ExitStack() as stack:
                 names = {ANCHOR: None, **({CONTROL: None} if control else {}), None: head}
-                engines = {arm: stack.enter_context(engine(name, compiled)) for arm, name in names.items()}
+                engines = {arm: stack.enter_context(engine(name, compiled, dtype)) for arm, name in names.items()}
                 for each in engines.values():
                     each.wait().generate(demo.prompts("code")[-8:], max_tokens=16)
                 for name, load in cells:
@@ -228,7 +229,7 @@ def main(
         for (name, load), done in pairs.items()
     ]  # fmt: skip
     show(results, console)
-    save(out, console, results, head=head, compiled=compiled, tokens=tokens, repeats=repeats, sets=sets)
+    save(out, console, results, head=head, compiled=compiled, dtype=dtype, tokens=tokens, repeats=repeats, sets=sets)
 
 
 if __name__ == "__main__":

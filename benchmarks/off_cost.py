@@ -70,6 +70,7 @@ class Switch:
             (self.runner, "speculative_config", None), (self.runner, "use_aux_hidden_state_outputs", False),
             (self.runner, "num_spec_tokens", 0), (scheduler, "num_spec_tokens", 0), (scheduler, "num_lookahead_tokens", 0),
             (scheduler, "use_eagle", False), (self.core, "check_for_draft_tokens", False),
+            *((self.runner, name, getattr(self.runner, name).__wrapped__) for name in ("_prepare_inputs", "sample_tokens")),
         ]  # fmt: skip
         self.usual = [getattr(owner, name) for owner, name, _ in self.fields]
 
@@ -89,12 +90,13 @@ def main(
     concurrency: Annotated[list[int] | None, typer.Option(help="requests in flight; repeat for several")] = None,
     domain: Annotated[str, typer.Option(help="domain of the prompts")] = "code",
     repeats: Annotated[int, typer.Option(help="measurements of every load, by turns")] = 7,
+    dtype: Annotated[str, typer.Option(help="of the models, as vLLM names it; auto: bfloat16")] = "auto",
     out: Annotated[Path, typer.Option(help="where the JSON goes")] = cpu_matrix.RESULTS / "off_cost.json",
 ) -> None:
     """Measure, print the table, write the JSON."""
     console, loads = Console(), concurrency or [1, 8, 16, 32]
     found: dict[int, list[dict[str, float]]] = {load: [] for load in loads}
-    with cpu_matrix.engine("vanilla", compiled=False) as engine:
+    with cpu_matrix.engine("vanilla", compiled=False, dtype=dtype) as engine:
         for repeat in range(-1, repeats):  # the first is not counted
             for load in loads:
                 texts = cpu_matrix.prompts(domain, cpu_matrix.count(load))
@@ -118,7 +120,7 @@ def main(
         table.add_row(str(load), f"{1e3 * step:.2f}", *shown)
         cells.append({"concurrency": load, "step_seconds": step, "quartiles": spread})
     console.print(table)
-    cpu_matrix.save(out, console, cells, domain=domain, repeats=repeats)
+    cpu_matrix.save(out, console, cells, domain=domain, dtype=dtype, repeats=repeats)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_a_policy_at_rest_is_told_nothing_while_the_batch_is_the_same():
     rounds.begin(0.0, [[5], [5]], contexts, k=7)
     policy.calls.clear()
     policy.rest = lambda names: names == ["a", "b"]  # type: ignore[attr-defined]
-    assert rounds.rests([[5], [5]])
+    assert rounds.rests()
     assert policy.calls == []
     rounds.judged([2, 0], tokens=4)
     assert rounds.begin(2.0, [[5, 5], [5]], contexts + 2, k=7).size == 2
@@ -103,14 +103,14 @@ def test_a_policy_at_rest_is_told_nothing_while_the_batch_is_the_same():
     policy.calls.clear()
     rounds.runner.requests["c"] = request()
     rounds.runner.input_batch.req_ids = ["b", "c"]
-    assert not rounds.rests([[5], [5]])
+    assert not rounds.rests()
     assert rounds.begin(3.0, [[5], [5]], contexts, k=7).size == 2
     assert [name for name, *_ in policy.told("add")] == ["c"]
     rounds.end(3.5, 0.4)
     policy.calls.clear()
     rounds.runner.requests["d"] = request()
     rounds.runner.input_batch.req_ids = ["d"]
-    assert not rounds.rests([[5]])
+    assert not rounds.rests()
     rounds.begin(9.0, [[5]], np.array([4]), k=7)
     assert policy.told("observe_step") == []  # the engine may have stood idle
 
@@ -122,7 +122,7 @@ def test_a_policy_at_rest_is_told_who_comes_and_goes():
     del rounds.runner.requests["a"]
     rounds.runner.requests["c"] = request(extra_args={"dspark_policy": "off"})
     rounds.runner.input_batch.req_ids = ["b", "c"]
-    assert rounds.rests([[5], [5]])
+    assert rounds.rests()
     assert policy.told("finish")[-1] == ["a"]
     assert policy.told("add")[-1] == ("c", None, "off")
 

@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vllm_dspark.verification.cost import next_size
 
+NO_SLOT = -1
+"""The slot of a token for which there is nothing to write; vLLM's kernels pass over it."""
 Write = Callable[[Tensor, Tensor, Tensor], None]
 States = Tensor | Sequence[Tensor]
 """A step's hidden states: concatenated, ``[T, m*d]``, or per layer, m of ``[T, d]``."""
@@ -27,7 +30,8 @@ class DeferredContext:
         """Begin empty.
 
         Args:
-            write: takes concatenated target states ``[T, m*d]``, positions ``[T]`` and cache slots ``[T]``.
+            write: takes concatenated target states ``[T, m*d]``, positions ``[T]`` and cache slots ``[T]``; some slots may be
+                ``NO_SLOT``.
             limit: tokens that are written together as soon as there are so many; 0 writes every step at once (needed where
                 another process reads the cache).
         """
@@ -55,11 +59,10 @@ class DeferredContext:
         states = _joined([states for states, _, _ in parts])
         positions, slots = torch.cat([positions for _, positions, _ in parts]), torch.cat([slots for *_, slots in parts])
         if len(parts) > 1:
-            places = _latest(slots)
-            if places.shape[0] < count:
-                states, positions, slots = states[places], positions[places], slots[places]
+            slots[_overtaken(slots)] = NO_SLOT
         if slots.device.type == "cpu":
-            states, positions, slots = _padded(states), _padded(positions), _padded(slots)
+            more = int(next_size(np.int64(count))) - count
+            states, positions, slots = _padded(states, more), _padded(positions, more), pad(slots, (0, more), value=NO_SLOT)
         self._write(states, positions, slots)
 
     def _take(self, count: int) -> list[Part]:
@@ -94,18 +97,15 @@ def _by_layer(states: States, layers: int) -> Sequence[Tensor]:
     return states.chunk(layers, dim=-1) if isinstance(states, Tensor) else states
 
 
-def _latest(slots: Tensor) -> Tensor:
-    """Places ``[U]`` of the last occurrence of every slot.
+def _overtaken(slots: Tensor) -> Tensor:
+    """Places whose slot occurs again further on, where a block was freed and given to another request.
 
-    A block that was freed and given to another request is in ``slots`` twice; the kernels write in no particular order.
+    The kernels write in no particular order.
     """
     ordered, places = torch.sort(slots, stable=True)
-    last = torch.ones_like(ordered, dtype=torch.bool)
-    last[:-1] = ordered[1:] != ordered[:-1]
-    return places[last]
+    return places[:-1][ordered[1:] == ordered[:-1]]
 
 
-def _padded(rows: Tensor) -> Tensor:
-    """The same, the last row repeated so that matrix products come in few sizes (see :func:`next_size`)."""
-    more = int(next_size(np.int64(rows.shape[0]))) - rows.shape[0]
+def _padded(rows: Tensor, more: int) -> Tensor:
+    """The same, the last row repeated, so that matrix products come in few sizes (see :func:`next_size`)."""
     return torch.cat([rows, rows[-1:].expand(more, *rows.shape[1:])]) if more else rows

@@ -33,6 +33,7 @@ MODELS = "vllm.model_executor.models"
 SAMPLING, SCHEDULED = "vllm.sampling_params", "vllm.v1.core.sched.output"
 SCHEDULER = "vllm.v1.core.sched.scheduler"
 NO_COSTS = "measured step times: the policy learns them while serving"
+NO_REST = "the speed of steps that verify nothing"
 
 
 def _v1(
@@ -102,7 +103,7 @@ HOOKS: tuple[Hook, ...] = (
     ),
     _v1(
         RUNNER, "GPUModelRunner.propose_draft_token_ids",
-        "calls the proposer with sampled token lists and concatenated hidden states; wrapped to leave it out at rest",
+        "calls the proposer with sampled token lists and concatenated hidden states",
         "scheduler_output", "sampled_token_ids", "sampling_metadata", "hidden_states", "sample_hidden_states",
         "aux_hidden_states", "spec_decode_metadata", "common_attn_metadata", "slot_mappings",
         mentions=(
@@ -116,6 +117,10 @@ HOOKS: tuple[Hook, ...] = (
         mentions=("positions", "_slot_mapping_buffer", "max_query_tokens", "max_padded_query_tokens", "dflash_causal"),
     ),
     _v1(DFLASH, "DFlashProposer.build_per_group_and_layer_attn_metadata", "attention metadata of the draft layers", "cad"),
+    _v1(
+        PROPOSER, "SpecDecodeBaseProposer.initialize_attn_backend", "finds the draft layers' cache", "kv_cache_config",
+        mentions=("kv_cache_gid",),
+    ),
     _v1(
         PROPOSER, "SpecDecodeBaseProposer.__init__", "makes the other buffers, and decides whether q is kept",
         mentions=(
@@ -245,9 +250,19 @@ HOOKS: tuple[Hook, ...] = (
     ),
     _v1(
         RUNNER, "GPUModelRunner._prepare_inputs", "send steps without drafts past the rejection sampler", "scheduler_output",
-        mentions=("speculative_config", "scheduled_spec_decode_tokens"), loses="the speed of steps that verify nothing",
+        mentions=("speculative_config", "scheduled_spec_decode_tokens"), loses=NO_REST,
     ),
-    _v1(RUNNER, "GPUModelRunner.sample_tokens", "its second half", "grammar_output", loses=NO_COSTS),
+    _v1(
+        RUNNER, "GPUModelRunner.sample_tokens", "its second half; passes over the proposer if nobody drafts", "grammar_output",
+        mentions=("speculative_config", "execute_model_state"), loses=NO_REST,
+    ),
+    _v1(
+        RUNNER, "ExecuteModelState", "has such a step's hidden states", "scheduler_output", "aux_hidden_states", loses=NO_REST,
+    ),
+    _v1(
+        RUNNER, "GPUModelRunner._get_slot_mappings", "where their context goes; -1 goes nowhere",
+        mentions=("block_table", "slot_mapping"), loses=NO_REST,
+    ),
     _v1(RUNNER, "GPUModelRunner.take_draft_token_ids", "its drafts, as the scheduler takes them", "self", loses=NO_COSTS),
     _v1(
         SCHEDULED, "SchedulerOutput", "a made-up step", "scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens",

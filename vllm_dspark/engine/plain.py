@@ -1,8 +1,8 @@
 """Steps that verify nothing, run as if the engine did not speculate.
 
-vLLM's V1 runner sends every step of a speculating engine through the rejection sampler, drafts or not, which a small model
-feels. It decides by looking whether there is a speculative config, so for such steps it is shown none. It also concatenates
-hidden states for the proposer, which a drafter at rest does not need yet.
+vLLM's V1 runner sends every step of a speculating engine through the rejection sampler, drafts or not, and every step's hidden
+states to the proposer, which a small model feels. It decides by looking whether there is a speculative config. So for a step
+without drafts it is shown none while it prepares its inputs, and if nobody is going to draft, none until it has sampled.
 """
 
 import functools
@@ -10,43 +10,36 @@ from collections.abc import Callable
 from typing import Any
 
 
-def skip_rejection_sampling(runner: Any) -> None:
-    """Wrap ``runner._prepare_inputs``. Models with recurrent state are left alone: they count on rows with zero drafts."""
-    if runner.model_config.is_hybrid:
-        return
-    prepare = runner._prepare_inputs
-
-    @functools.wraps(prepare)
-    def wrapper(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if scheduler_output.scheduled_spec_decode_tokens:
-            return prepare(scheduler_output, *args, **kwargs)
-        config, runner.speculative_config = runner.speculative_config, None
-        try:
-            return prepare(scheduler_output, *args, **kwargs)
-        finally:
-            runner.speculative_config = config
-
-    runner._prepare_inputs = wrapper
-
-
-def rest(runner: Any, rests: Callable[[list[list[int]], list[Any], Any], bool]) -> None:
-    """Wrap ``runner.propose_draft_token_ids``: where nothing was verified, ``rests`` is asked first whether nobody drafts.
+def without_speculation(runner: Any, rests: Callable[[], bool], keep: Callable[[int, list[Any]], None]) -> None:
+    """Wrap the runner's methods. Models with recurrent state are left alone: they count on rows with zero drafts.
 
     Args:
-        rests: takes the sampled tokens of each request, the hidden states per layer and the attention metadata.
+        rests: asked in such a step, when its batch is known: whether nobody drafts after it.
+        keep: takes the step's tokens T and hidden states per layer, ``[≥ T, d]`` each, in place of the proposer.
     """
-    propose = runner.propose_draft_token_ids
+    if runner.model_config.is_hybrid:
+        return
+    config, prepare, sample = runner.speculative_config, runner._prepare_inputs, runner.sample_tokens
 
-    @functools.wraps(propose)
-    def wrapper(
-        scheduler_output: Any, sampled_token_ids: Any, sampling_metadata: Any, hidden_states: Any, sample_hidden_states: Any,
-        aux_hidden_states: Any, spec_decode_metadata: Any, common_attn_metadata: Any, slot_mappings: Any,
-    ) -> Any:  # fmt: skip
-        if spec_decode_metadata is None and rests(sampled_token_ids, aux_hidden_states, common_attn_metadata):
-            return []
-        return propose(
-            scheduler_output, sampled_token_ids, sampling_metadata, hidden_states, sample_hidden_states, aux_hidden_states,
-            spec_decode_metadata, common_attn_metadata, slot_mappings,
-        )  # fmt: skip
+    @functools.wraps(prepare)
+    def prepare_inputs(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = not scheduler_output.scheduled_spec_decode_tokens
+        runner.speculative_config = None if plain else config
+        inputs = prepare(scheduler_output, *args, **kwargs)
+        if not (plain and rests()):
+            runner.speculative_config = config
+        return inputs
 
-    runner.propose_draft_token_ids = wrapper
+    @functools.wraps(sample)
+    def sample_tokens(grammar_output: Any) -> Any:
+        if runner.speculative_config is not None:
+            return sample(grammar_output)
+        state = runner.execute_model_state
+        try:
+            output = sample(grammar_output)
+        finally:
+            runner.speculative_config = config
+        keep(state.scheduler_output.total_num_scheduled_tokens, state.aux_hidden_states)
+        return output
+
+    runner._prepare_inputs, runner.sample_tokens = prepare_inputs, sample_tokens

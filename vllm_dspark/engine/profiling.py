@@ -149,7 +149,7 @@ class Script:
         self.began = 0.0
         self.draft_seconds = 0.0
 
-    def rests(self, sampled: Sequence[Sequence[int]]) -> bool:
+    def rests(self) -> bool:
         return False
 
     def judged(self, drafts: Sequence[int], tokens: int) -> None:

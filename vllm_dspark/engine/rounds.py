@@ -5,7 +5,6 @@ Everything here is host arithmetic on lists and small arrays; the policy itself 
 
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -26,8 +25,8 @@ NOBODY: Rows = np.zeros(0, dtype=np.int64)
 class Decider(Protocol):
     """What the proposer asks once per round, in this order; ``lengths`` only if rows were returned."""
 
-    def rests(self, sampled: Sequence[Sequence[int]]) -> bool:
-        """Whether nobody drafts after a step that verified nothing; if so, nothing else is asked in this round."""
+    def rests(self) -> bool:
+        """Whether nobody drafts after a step that verifies nothing; if so, its end is told and nothing else."""
 
     def judged(self, drafts: Sequence[int], tokens: int) -> None:
         """The step verified so many drafts of each request and ran on so many tokens."""
@@ -59,12 +58,11 @@ class Rounds:
         self._verified: Sequence[int] | None = None
         self._tokens = 0
 
-    def rests(self, sampled: Sequence[Sequence[int]]) -> bool:
-        self._meet(list(self.runner.input_batch.req_ids[: len(sampled)]))
+    def rests(self) -> bool:
+        self._meet(list(self.runner.input_batch.req_ids))
         if not self.policy.rest(self._batch):
             return False
         self._drafted = 0
-        self.end(time.perf_counter(), 0.0)
         return True
 
     def judged(self, drafts: Sequence[int], tokens: int) -> None:
@@ -181,7 +179,7 @@ class Shared:
         self._drafting = torch.zeros(requests, dtype=torch.int32, device=group.device)
         self._rows, self._k = 0, 0
 
-    def rests(self, sampled: Sequence[Sequence[int]]) -> bool:
+    def rests(self) -> bool:
         return False  # rank 0 alone knows
 
     def judged(self, drafts: Sequence[int], tokens: int) -> None:

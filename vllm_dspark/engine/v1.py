@@ -54,8 +54,6 @@ class DSparkProposer(DFlashProposer):
         self.width = self.queries - self.first_slot
         self.runner = runner
         runner.use_aux_hidden_state_outputs = True
-        plain.skip_rejection_sampling(runner)
-        plain.rest(runner, self.rests)
         most = self.max_batch_size * self.queries
         self.max_query_tokens = most
         if most > self.max_padded_query_tokens:
@@ -71,8 +69,11 @@ class DSparkProposer(DFlashProposer):
         )
         self._sampled: list[list[int]] = []
         self._warned_not_finite = False
-        self.context = DeferredContext(self.write_context, setup.deferred_tokens(vllm_config))
+        limit = setup.deferred_tokens(vllm_config)
+        self.context = DeferredContext(self.write_context, limit)
         self.rounds: Decider = setup.decider(self, None)
+        if limit:  # else another process reads what is written, and the runner must not think that nothing comes
+            plain.without_speculation(runner, lambda: self.rounds.rests(), self.keep)
 
     def _raise_if_padded_drafter_batch_disabled(self) -> None:
         """The base class would refuse what this proposer is built on: exact lengths."""
@@ -91,18 +92,14 @@ class DSparkProposer(DFlashProposer):
             prefer_huge_pages(self.runner.kv_caches)
         self.rounds = setup.decider(self, setup.cost(self))
 
-    def rests(self, sampled: list[list[int]], states: list[Tensor], metadata: CommonAttentionMetadata) -> bool:
-        """Whether nobody drafts after this step, which verified nothing; then its hidden states are kept, ``[T, d]`` each.
-
-        False: nothing was done, and :meth:`propose` is to follow.
-        """
-        if not self.rounds.rests(sampled):
-            return False
-        tokens = metadata.num_actual_tokens
+    @torch.inference_mode()
+    def keep(self, tokens: int, states: list[Tensor]) -> None:
+        """Keep the hidden states of a step's T tokens, after which nobody drafts, ``[≥ T, d]`` per layer."""
         kept = [state[:tokens] for state in states]
         own = kept if self.device.type == "cpu" else torch.cat(kept, dim=-1)  # elsewhere a graph may reuse their memory
-        self.context.add(own, self.runner._get_positions(tokens), metadata.slot_mapping[:tokens])
-        return True
+        slots = self.runner.input_batch.block_table[self.kv_cache_gid].slot_mapping.gpu[:tokens]
+        self.context.add(own, self.runner._get_positions(tokens), slots)
+        self.rounds.end(time.perf_counter(), 0.0)
 
     def prepare_next_token_ids_cpu(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> None:
         """Keep the tokens sampled; the anchors are made of them if anybody drafts."""
