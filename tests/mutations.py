@@ -126,14 +126,20 @@ def off_for_200_tokens() -> None:
     """Nothing is drafted for a request's first 200 tokens, everything after them; with the policy fixed at all drafts."""
 
     def patch(module: Any) -> None:
-        original = module.Rounds._able
+        original, rests = module.Rounds._able, module.Rounds.rests
 
         def able(self: Any, names: Any, *args: Any) -> Any:
             rows, limits, waiting = original(self, names, *args)
             young = [len(self.runner.requests[names[row]].output_token_ids) <= 200 for row in rows]
             return rows, np.where(young, 0, limits), waiting
 
-        module.Rounds._able = able
+        def wakes(self: Any) -> bool:
+            if any(len(self.runner.requests[name].output_token_ids) == 200 for name in self.runner.input_batch.req_ids):
+                self.policy._standing.drop()  # limits never rise by themselves
+            answer: bool = rests(self)
+            return answer
+
+        module.Rounds._able, module.Rounds.rests = able, wakes
 
     _after_import("vllm_dspark.engine.rounds", patch)
 

@@ -6,8 +6,10 @@ import json
 import numpy as np
 import pytest
 
+from vllm_dspark.verification.choice import Choice, choose
 from vllm_dspark.verification.cost import CostModel, CostTable, StepTiming, next_size
-from vllm_dspark.verification.history import History
+from vllm_dspark.verification.history import THRESHOLDS, History
+from vllm_dspark.verification.plan import Load
 from vllm_dspark.verification.policy import Policy
 from vllm_dspark.verification.records import Outcomes, PolicyOptions, RoundInput
 from vllm_dspark.verification.survival import logit
@@ -522,3 +524,31 @@ def test_an_engine_that_is_off_rests_until_a_request_wants_drafts():
     policy.finish(["b"])
     policy.begin_round(RoundInput(["a"], np.array([100])))
     assert policy.rest(["a"])
+
+
+def test_drafts_in_place_of_padding_cost_nothing():
+    """What counts is the yield at a graph's size, not at what a threshold happens to verify."""
+    sizes, seconds = (1, 2, 4, 8, 16), (0.010, 0.011, 0.012, 0.016, 0.030)
+    cost = CostModel(CostTable(sizes, seconds, (1, 8), (0.001, 0.0015), captured=16), 16, 8)
+    number = np.linspace(5.0, 0.5, THRESHOLDS.size) * np.ones((2, 1))
+    gain = 1.5 * np.sqrt(number / 5.0)
+    found = choose(cost, Load(2, 2, 2.0, 200.0, 200.0), number, gain, np.full(2, 100.0), None)
+    best = max(
+        (2 + np.interp(min(size - 2, 5.0 * count), count * number[0, ::-1], count * gain[0, ::-1]))
+        / (time + float(cost.drafting(count, 100.0 * count)))
+        for size, time in zip(sizes, seconds, strict=True)
+        for count in (1, 2)
+        if size - 2 >= count * number[0, -1]
+    )
+    assert found.best == pytest.approx(best)
+    assert found.tokens in sizes
+
+
+@pytest.mark.parametrize(
+    ("best", "deviation", "risk"),
+    [(102.0, 0.10, 0.802), (95.0, 0.10, 1.513), (85.0, 0.10, np.inf), (102.0, 0.02, np.inf), (0.0, 0.10, np.inf)],
+    ids=["within the margin", "a little worse", "hopeless", "well known", "nobody"],
+)
+def test_what_trying_may_lose(best, deviation, risk):
+    found = Choice(3, 0.2, off=100.0, best=best, deviation=deviation, off_seconds=10.0)
+    assert found.risk == pytest.approx(risk, abs=1e-3)

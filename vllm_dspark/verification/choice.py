@@ -17,6 +17,7 @@ from vllm_dspark.verification.plan import Load, Plan
 from vllm_dspark.verification.records import Rows
 from vllm_dspark.verification.survival import Floats
 
+_UNSURE = 0.03  # deviation of log(best / off)
 _COUNTS = 24  # numbers of drafting requests that are compared, besides none
 
 
@@ -43,6 +44,17 @@ class Choice:
     def gain(self) -> float:
         """log(best / off); -inf if nothing can draft."""
         return float(np.log(self.best / self.off)) if self.best > 0 else -np.inf
+
+    @property
+    def unsure(self) -> bool:
+        """Whether step times are known so badly that they should be learned."""
+        return self.deviation > _UNSURE
+
+    @property
+    def risk(self) -> float:
+        """Seconds that drafting may lose by what is not known of step times; inf if it cannot win by that."""
+        could_win = self.best > 0 and self.unsure and self.gain > -self.deviation
+        return (self.deviation - self.gain) * self.off_seconds if could_win else float("inf")
 
     def margin(self, most: float, doubt: float) -> float:
         """Gain (log) below which a promise is not believed: one standard deviation of its error, at most ``most``.
@@ -109,6 +121,11 @@ def choose(cost: CostModel, load: Load, number: Floats, gain: Floats, contexts: 
     token_context = load.token_context + (number[:top] * contexts[:top, None]).cumsum(axis=0)[last]
     draft_context = load.draft_context + contexts[:top].cumsum()[last]
     tokens = load.sure_tokens + verified
+    if cost.table.captured:
+        more = _room(cost, tokens)
+        mean_context = contexts[:top].cumsum()[last] / counts
+        yielded = _filled(tokens, yielded, more)
+        tokens, token_context = tokens + more, token_context + more * mean_context[:, None]
     cost.reserve(int(np.ceil(tokens.max())) + 1)
     seconds = cost.at(tokens, load.requests, load.context, token_context)
     seconds = seconds + cost.drafting(load.drafted + counts, draft_context)[:, None]
@@ -130,6 +147,20 @@ def choose(cost: CostModel, load: Load, number: Floats, gain: Floats, contexts: 
         int(counts[n]), float(THRESHOLDS[v]), off, float(theta[n, v]), deviation(cost, load, drafting, off_seconds),
         off_seconds, float(tokens[n, v]), float(limit[n, v]),
     )  # fmt: skip
+
+
+def _room(cost: CostModel, tokens: Floats) -> Floats:
+    """Tokens that would run for nothing in place of padding, at most as many as there are drafts, ``(counts, thresholds)``."""
+    sizes = np.array([size for size in cost.table.sizes if size <= cost.table.captured], dtype=np.float64)
+    place = np.searchsorted(sizes, tokens)
+    step = np.where(place < sizes.size, sizes[np.minimum(place, sizes.size - 1)], tokens)
+    return np.asarray(np.minimum(step, tokens[:, :1]) - tokens)
+
+
+def _filled(tokens: Floats, yielded: Floats, more: Floats) -> Floats:
+    """Yield with so many more of each row's drafts, by interpolation between thresholds; the first has them all."""
+    rows = zip(tokens + more, tokens, yielded, strict=True)
+    return np.array([np.interp(wanted, have[::-1], gained[::-1]) for wanted, have, gained in rows])
 
 
 def _seconds_off(cost: CostModel, load: Load) -> float:

@@ -36,6 +36,7 @@ _ADAPTIVE, _FIXED = KINDS.index("adaptive"), KINDS.index("fixed")
 _TRIAL = 32  # requests that draft together until so many have
 MANY = 16  # requests from which their last survivals together stand for this round's
 _CHECK = 8  # rounds between two that only measure what not drafting takes
+_TRY = 4  # rounds between two that draft though it may not pay, to learn step times
 _STALL = 1.25  # longest that a stalled step counts against drafting, times what was expected
 _SHARED = 0.7  # largest error (log) of the expected time that is put down to the machine being slower or faster today
 NOBODY: Rows = np.zeros(0, dtype=np.int64)
@@ -70,7 +71,7 @@ class Policy:
         self._standing = Standing()
         self._plan: Plan | None = None
         self._choice: Choice | None = None
-        self._price, self._checked, self._explored, self._floor_age = 0.3, -_CHECK, 0, 0
+        self._price, self._checked, self._tried, self._explored, self._floor_age = 0.3, -_CHECK, 0, 0, 0
         self._floor, self._yield = NO_FLOOR, Yield()
         if cost is None and self.options.policy == "adaptive":
             self._fail("there is no cost table")
@@ -171,12 +172,14 @@ class Policy:
         reason = self._judge(found)
         if reason == "pays":
             self._price = found.threshold
+        elif reason == "trying":
+            self._tried = self.round
+            self.ledger.probed(found.risk)
         most = found.count if self.history.drafted >= _TRIAL else min(found.count, _TRIAL)
-        on = rows[:most] if reason == "pays" else NOBODY
+        on = rows[:most] if reason in ("pays", "trying") else NOBODY
         self.probing.decided(plan.slots[rows], plan.slots[on], self.round)
         probes = NOBODY if reason == "measuring no drafting" else self._probes(self.cost, plan, rows[on.size :], on.size)
-        if probes.size and not on.size:
-            reason = "probing"
+        reason = "probing" if probes.size and not on.size else reason
         self._draft(plan, np.sort(np.concatenate([forced, on, probes])), probes, reason)
         self._look_ahead(self.cost, plan, np.sort(on))
 
@@ -197,10 +200,11 @@ class Policy:
 
     def _judge(self, found: Choice) -> str:
         if found.count == 0 or found.gain <= found.margin(self.options.margin, self._yield.doubt):
-            return "does not pay"
+            due = self.round >= self._tried + _TRY
+            return "trying" if due and self.ledger.may_probe(found.risk) else "does not pay"
         if not self.ledger.may_speculate():
             return "guarded"
-        doubtful = found.gain < 2.0 * found.deviation and found.deviation > 0.03
+        doubtful = found.unsure and found.gain < 2.0 * found.deviation
         if doubtful and self.round - self._checked >= min(_CHECK, 2 + self._explored):
             self._checked, self._explored = self.round, self._explored + 1
             return "measuring no drafting"
@@ -395,6 +399,5 @@ class Policy:
     def load_state(self, state: Mapping[str, Any]) -> bool:
         """Continue from a saved state; False, with one warning and nothing changed, if it does not fit."""
         sts = saved.restore(state, self.history, self.cost)
-        if sts is not None:
-            self.sts = sts
+        self.sts = sts or self.sts
         return sts is not None

@@ -7,10 +7,10 @@ import numpy as np
 from vllm_dspark.verification.records import DraftDecision, RoundInput, Rows
 
 _IDLE, _DRAFTING = 32, 6  # rounds for which a decision not to draft, and one to draft, stands at most
-_CROWD = 0.25  # share of the requests that may be others before a decision not to draft no longer stands
+_CROWD = 0.5  # share of the requests that may be others before a decision not to draft no longer stands
 SILENT = "nobody can draft"
 _CROWDED = ("does not pay", "guarded", SILENT)  # reasons that hold whoever exactly is there
-_ONCE = ("measuring no drafting", "probing")
+_ONCE = ("measuring no drafting", "probing", "trying")
 
 
 class Standing:
