@@ -140,14 +140,21 @@ def test_it_ends_as_if_every_step_had_been_written_at_once(limit, seed):
     assert torch.equal(late.values, now.values)
 
 
-def test_vllms_kernel_passes_over_a_slot_that_is_none():
-    """On this machine's CPU; elsewhere vLLM pads with the same number."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vllms_kernel_passes_over_a_slot_that_is_none(dtype):
+    """In the layout that this machine's CPU has the cache in."""
     from vllm import _custom_ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    keys = torch.arange(1.0, 65.0).view(2, 1, 32)
-    cache = torch.zeros(2, 1, 64, 32)
-    key_cache, value_cache = cache.chunk(2, dim=2)
-    slots = torch.tensor([NO_SLOT, 33])
-    _custom_ops.cpu_attn_reshape_and_cache(keys, keys, key_cache, value_cache, slots, "vec")
-    assert value_cache[1, 0, 1].tolist() == keys[1, 0].tolist()
-    assert sorted(cache[cache != 0].tolist()) == sorted([*keys[1, 0].tolist()] * 2)
+    keys = torch.arange(1.0, 129.0, dtype=dtype).view(4, 1, 32)
+
+    def written(tokens: list[int], slots: list[int]) -> torch.Tensor:
+        cache = torch.zeros(2, 1, 64, 32, dtype=dtype)
+        halves = cache.chunk(2, dim=2)
+        _custom_ops.cpu_attn_reshape_and_cache(
+            keys[tokens], keys[tokens], *halves, torch.tensor(slots), _get_attn_isa(dtype, 32, 32)
+        )
+        return cache
+
+    assert torch.equal(written([0, 1, 2, 3], [NO_SLOT, 33, NO_SLOT, 2]), written([1, 3], [33, 2]))
+    assert written([1], [33]).any()

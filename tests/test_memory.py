@@ -13,27 +13,45 @@ from vllm_dspark.engine import memory
 SIZE = 8 << 20
 
 
-def advised(start):
-    """Whether the kernel notes a wish for huge pages ("hg") on the mapping that holds this address."""
+def mapping(start, name):
+    """What the kernel says under this name of the mapping that holds this address."""
     here = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, _, rest = line.partition(" ")
         if "-" in first and not first.endswith(":"):
             low, high = (int(end, 16) for end in first.split("-"))
             here = low <= start < high
-        elif here and first == "VmFlags:":
-            return "hg" in rest.split()
-    return False
+        elif here and first == f"{name}:":
+            return rest.split()
+    return []
+
+
+def can_collapse():
+    """Whether this kernel makes huge pages at once, and has any left."""
+    with mmap.mmap(-1, SIZE) as other:
+        other.write(bytes(SIZE))
+        try:
+            other.madvise(memory._COLLAPSE)
+        except OSError:
+            return False
+    return True
+
+
+def advised(start):
+    return "hg" in mapping(start, "VmFlags")
 
 
 @pytest.mark.skipif(sys.platform != "linux" or memory.obstacle() is not None, reason=str(memory.obstacle()))
 def test_asks_once_for_what_layers_share(caplog):
-    whole = torch.zeros(SIZE, dtype=torch.int8)
+    whole = torch.full((SIZE,), 7, dtype=torch.int8)
     middle = whole.data_ptr() + SIZE // 2
     assert not advised(middle)
     with caplog.at_level(logging.INFO, "vllm.dspark"):
         assert memory.prefer_huge_pages([whole[: SIZE // 2], whole[SIZE // 2 :]]) == SIZE
     assert advised(middle)
+    if can_collapse():
+        assert int(mapping(middle, "AnonHugePages")[0]) >= 4 << 10  # kB: whole ones only
+    assert whole.unique().tolist() == [7]
     assert caplog.messages == ["huge pages for the K/V cache: 8 MiB"]
 
 

@@ -74,12 +74,21 @@ def test_a_step_that_was_not_run_is_sampled_as_before():
 
 
 def test_the_config_is_back_after_a_failure():
-    runner, kept = make([True, False])
+    runner, kept = make([True])
     runner.fails = True
     with pytest.raises(RuntimeError, match="no memory"):
         runner.step({})
     assert runner.speculative_config is CONFIG
     assert kept == []
+
+
+def test_a_forward_that_failed_is_vllms_to_report_and_forgotten_in_the_next_step():
+    runner, kept = make([True, False])
+    runner._prepare_inputs(SimpleNamespace(scheduled_spec_decode_tokens={}), more=5)
+    runner.sample_tokens(None)  # no state: with pipeline parallelism it is asked for all the same
+    assert kept == []
+    runner.step({})
+    assert runner.seen[-1] is CONFIG
 
 
 def test_models_with_recurrent_state_are_left_alone():

@@ -552,3 +552,38 @@ def test_drafts_in_place_of_padding_cost_nothing():
 def test_what_trying_may_lose(best, deviation, risk):
     found = Choice(3, 0.2, off=100.0, best=best, deviation=deviation, off_seconds=10.0)
     assert found.risk == pytest.approx(risk, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("leave", "come", "stands"), [(4, 4, True), (5, 5, False), (2, 0, True), (3, 0, False), (0, 4, True), (0, 5, False)]
+)
+def test_how_much_of_a_crowd_may_change(leave, come, stands):
+    names = [f"r{index}" for index in range(8)]
+    policy = make(STEEP)
+    play(policy, 60, 0.1, names=names)
+    while policy._standing._until < policy.round + 3:
+        play(policy, 1, 0.1, names=names)
+    now = [*names[leave:], *(f"new{index}" for index in range(come))]
+    for name in now[8 - leave :]:
+        policy.add(name)
+    assert policy.rest(now) is stands
+
+
+def test_trying_is_rare_and_paid_for_as_probing(monkeypatch):
+    """A small loss is expected, but step times are known so badly that it may be a gain."""
+    found = Choice(2, 0.0, off=100.0, best=99.0, deviation=0.05, off_seconds=0.010)
+    monkeypatch.setattr("vllm_dspark.verification.choice.choose", lambda *arguments: found)
+    policy = make()
+    tried, before = [], 0.0
+    for now in range(60):
+        decision = policy.begin_round(RoundInput(("a", "b"), np.full(2, 100)))
+        paid, before = policy.ledger.probing - before, policy.ledger.probing
+        if decision.reason == "trying":
+            tried.append(now)
+            assert decision.rows.tolist() == [0, 1]
+            assert paid == pytest.approx(found.risk)
+        if decision.drafting:
+            policy.lengths(np.full((decision.rows.size, policy.width), 0.5))
+    assert len(tried) > 2
+    assert min(np.diff(tried)) >= 4
+    assert policy.ledger.credit >= 0.0

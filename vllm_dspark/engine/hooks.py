@@ -254,7 +254,7 @@ HOOKS: tuple[Hook, ...] = (
     ),
     _v1(
         RUNNER, "GPUModelRunner.sample_tokens", "its second half; passes over the proposer if nobody drafts", "grammar_output",
-        mentions=("speculative_config", "execute_model_state"), loses=NO_REST,
+        mentions=("speculative_config", "execute_model_state"), loses=f"{NO_REST}, and {NO_COSTS}",
     ),
     _v1(
         RUNNER, "ExecuteModelState", "has such a step's hidden states", "scheduler_output", "aux_hidden_states", loses=NO_REST,

@@ -39,7 +39,8 @@ def without_speculation(runner: Any, rests: Callable[[], bool], keep: Callable[[
             output = sample(grammar_output)
         finally:
             runner.speculative_config = config
-        keep(state.scheduler_output.total_num_scheduled_tokens, state.aux_hidden_states)
+        if state is not None:  # else the forward has failed
+            keep(state.scheduler_output.total_num_scheduled_tokens, state.aux_hidden_states)
         return output
 
     runner._prepare_inputs, runner.sample_tokens = prepare_inputs, sample_tokens

@@ -72,8 +72,8 @@ class DSparkProposer(DFlashProposer):
         limit = setup.deferred_tokens(vllm_config)
         self.context = DeferredContext(self.write_context, limit)
         self.rounds: Decider = setup.decider(self, None)
-        if limit:  # else another process reads what is written, and the runner must not think that nothing comes
-            plain.without_speculation(runner, lambda: self.rounds.rests(), self.keep)
+        # Where another process reads what is written (no limit), the runner must not think that nothing comes.
+        plain.without_speculation(runner, lambda: limit > 0 and self.rounds.rests(), self.keep)
 
     def _raise_if_padded_drafter_batch_disabled(self) -> None:
         """The base class would refuse what this proposer is built on: exact lengths."""

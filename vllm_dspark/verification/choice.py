@@ -54,7 +54,7 @@ class Choice:
     def risk(self) -> float:
         """Seconds that drafting may lose by what is not known of step times; inf if it cannot win by that."""
         could_win = self.best > 0 and self.unsure and self.gain > -self.deviation
-        return (self.deviation - self.gain) * self.off_seconds if could_win else float("inf")
+        return max(self.deviation - self.gain, 0.0) * self.off_seconds if could_win else float("inf")
 
     def margin(self, most: float, doubt: float) -> float:
         """Gain (log) below which a promise is not believed: one standard deviation of its error, at most ``most``.
@@ -154,12 +154,12 @@ def _room(cost: CostModel, tokens: Floats) -> Floats:
     sizes = np.array([size for size in cost.table.sizes if size <= cost.table.captured], dtype=np.float64)
     place = np.searchsorted(sizes, tokens)
     step = np.where(place < sizes.size, sizes[np.minimum(place, sizes.size - 1)], tokens)
-    return np.asarray(np.minimum(step, tokens[:, :1]) - tokens)
+    return np.asarray(np.maximum(np.minimum(step, tokens[:, :1]) - tokens, 0.0))
 
 
 def _filled(tokens: Floats, yielded: Floats, more: Floats) -> Floats:
     """Yield with so many more of each row's drafts, by interpolation between thresholds; the first has them all."""
-    rows = zip(tokens + more, tokens, yielded, strict=True)
+    rows = zip(tokens + more, np.minimum.accumulate(tokens, axis=1), yielded, strict=True)
     return np.array([np.interp(wanted, have[::-1], gained[::-1]) for wanted, have, gained in rows])
 
 

@@ -110,7 +110,8 @@ class Policy:
     def rest(self, requests: Sequence[str]) -> bool:
         """In place of :meth:`begin_round`, where nothing was verified: whether nobody drafts again.
 
-        False: the round is to be begun as usual. True: it has been, and neither outcomes nor its time need be told.
+        False: the round is to be begun as usual. True: it needs no beginning, and neither outcomes nor its time need be told.
+        Requests must have been added.
         """
         plan = self._plan
         if self._standing.silent and not self.requests.able:  # no rounds pass while nobody ever may draft

@@ -7,7 +7,8 @@ import numpy as np
 from vllm_dspark.verification.records import DraftDecision, RoundInput, Rows
 
 _IDLE, _DRAFTING = 32, 6  # rounds for which a decision not to draft, and one to draft, stands at most
-_CROWD = 0.5  # share of the requests that may be others before a decision not to draft no longer stands
+_CROWD = 0.5  # share of the requests that may be others, where a decision not to draft stands
+_LEAVING = 0.25  # share of the requests by which there may be fewer: drafting pays sooner then
 SILENT = "nobody can draft"
 _CROWDED = ("does not pay", "guarded", SILENT)  # reasons that hold whoever exactly is there
 _ONCE = ("measuring no drafting", "probing", "trying")
@@ -71,12 +72,13 @@ class Standing:
         return bool((inputs.limits == self._limits).all())
 
     def _same_crowd(self, requests: Sequence[str]) -> bool:
-        """Whether most of these requests were there when it was decided, and about as many."""
+        """Whether at least half of these requests were there when it was decided, and about as many."""
         assert self._known is not None
         if requests == self._requests:
             return True
-        changed = max(abs(len(requests) - len(self._known)), len(self._known.symmetric_difference(requests)) // 2)
-        if changed > _CROWD * len(self._known):
+        before, staying = len(self._known), len(self._known.intersection(requests))
+        most = max(before, len(requests))
+        if most - staying > _CROWD * before or before - len(requests) > _LEAVING * before:
             return False
         self._requests = requests[:]
         return True
