@@ -159,7 +159,10 @@ def test_steps_that_say_nothing_about_decoding_are_not_timed():
     rounds.begin(3.0, [[5], [5]], two, k=7)
     rounds.end(3.1, 0.0)
     assert len(policy.told("observe_step")) == 0
-    rounds.begin(4.0, [[5], [5]], two, k=7)
+    rounds.begin(3.5, [[5], [5]], two, k=7, tokens=30)  # likewise, where nothing was verified
+    rounds.end(3.6, 0.0)
+    assert len(policy.told("observe_step")) == 0
+    rounds.begin(4.0, [[5], [5]], two, k=7, tokens=2)
     rounds.end(4.1, 0.0)
     assert len(policy.told("observe_step")) == 1
     rounds.runner.requests = {"c": request()}

@@ -155,7 +155,9 @@ class Script:
     def judged(self, drafts: Sequence[int], tokens: int) -> None:
         """Nothing is learned here."""
 
-    def begin(self, now: float, sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], k: int) -> Rows:
+    def begin(
+        self, now: float, sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], k: int, tokens: int | None = None
+    ) -> Rows:
         self.began, self.rows, self.draft_seconds = now, len(sampled), 0.0
         return np.arange(len(sampled)) if self.drafts else NOBODY
 

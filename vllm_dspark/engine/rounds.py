@@ -31,7 +31,9 @@ class Decider(Protocol):
     def judged(self, drafts: Sequence[int], tokens: int) -> None:
         """The step verified so many drafts of each request and ran on so many tokens."""
 
-    def begin(self, now: float, sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], k: int) -> Rows:
+    def begin(
+        self, now: float, sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], k: int, tokens: int | None = None
+    ) -> Rows:
         """Rows of the batch that draft."""
 
     def lengths(self, confidences: NDArray[np.floating] | None) -> Rows:
@@ -68,15 +70,20 @@ class Rounds:
     def judged(self, drafts: Sequence[int], tokens: int) -> None:
         self._verified, self._tokens = drafts, tokens
 
-    def begin(self, now: float, sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], k: int) -> Rows:
+    def begin(
+        self, now: float, sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], k: int, tokens: int | None = None
+    ) -> Rows:
         """Learn from the step that just ended, then choose who drafts.
 
         Args:
             now: clock at the end of the target's step, seconds. sampled: tokens of each request of the batch, ``[]`` where
-                prefill goes on. contexts: tokens of context, ``(R,)``. k: most drafts of any request.
+                prefill goes on. contexts: tokens of context, ``(R,)``. k: most drafts of any request. tokens: that the step
+                ran on, if it verified nothing; None: one of each request.
         """
         names = list(self.runner.input_batch.req_ids[: len(sampled)])
         total = float(contexts.sum())
+        if self._verified is None and tokens is not None:
+            self._tokens = tokens
         self._learn(now, names, sampled, contexts, total)
         self._meet(names)
         rows, limits, waiting = self._able(names, sampled, contexts, k)
@@ -186,10 +193,12 @@ class Shared:
         if self._rounds is not None:
             self._rounds.judged(drafts, tokens)
 
-    def begin(self, now: float, sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], k: int) -> Rows:
+    def begin(
+        self, now: float, sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], k: int, tokens: int | None = None
+    ) -> Rows:
         if self._rounds is not None:
             self._drafting.zero_()
-            self._drafting[torch.from_numpy(self._rounds.begin(now, sampled, contexts, k))] = 1
+            self._drafting[torch.from_numpy(self._rounds.begin(now, sampled, contexts, k, tokens))] = 1
         self._group.broadcast(self._drafting, src=0)
         chosen: Rows = self._drafting[: len(sampled)].cpu().numpy().nonzero()[0]
         self._rows, self._k = chosen.size, k

@@ -141,7 +141,7 @@ class DSparkProposer(DFlashProposer):
         tokens = target_positions.shape[0]
         self.context.add(target_hidden_states, target_positions, metadata.slot_mapping[:tokens])
         starts = self._context_lengths(metadata)
-        rows = self.rounds.begin(began, self._sampled, starts, num_speculative_tokens)
+        rows = self.rounds.begin(began, self._sampled, starts, num_speculative_tokens, tokens)
         if rows.size == 0:
             self.rounds.end(time.perf_counter(), 0.0)
             return []
