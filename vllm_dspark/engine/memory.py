@@ -24,7 +24,7 @@ ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def prefer_huge_pages(caches: Iterable[Tensor]) -> int:
     """Ask Linux to back these tensors' memory with transparent huge pages: at once from Linux 6.1 on, by and by before.
 
-    They have been zeroed by now, on small pages, so it takes about as long as zeroing them did. What they hold stays.
+    They have been zeroed by now, on small pages, so at once means that all of it is copied; what it holds stays.
 
     Returns:
         Bytes asked for, 0 where this cannot be had; one line in the log says which.

@@ -72,7 +72,7 @@ class DSparkProposer(DFlashProposer):
         limit = setup.deferred_tokens(vllm_config)
         self.context = DeferredContext(self.write_context, limit)
         self.rounds: Decider = setup.decider(self, None)
-        # Where another process reads what is written (no limit), the runner must not think that nothing comes.
+        # Where another process reads the cache nothing is deferred, and the runner must know that something will be written.
         plain.without_speculation(runner, lambda: limit > 0 and self.rounds.rests(), self.keep)
 
     def _raise_if_padded_drafter_batch_disabled(self) -> None:
