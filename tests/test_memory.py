@@ -26,6 +26,11 @@ def mapping(start, name):
     return []
 
 
+def fresh():
+    """Zeroed memory that nobody has advised on: torch's may be what an earlier cache has left."""
+    return torch.frombuffer(mmap.mmap(-1, SIZE), dtype=torch.int8)
+
+
 def can_collapse():
     """Whether this kernel makes huge pages at once, and has any left."""
     with mmap.mmap(-1, SIZE) as other:
@@ -43,7 +48,7 @@ def advised(start):
 
 @pytest.mark.skipif(sys.platform != "linux" or memory.obstacle() is not None, reason=str(memory.obstacle()))
 def test_asks_once_for_what_layers_share(caplog):
-    whole = torch.full((SIZE,), 7, dtype=torch.int8)
+    whole = fresh().fill_(7)
     middle = whole.data_ptr() + SIZE // 2
     assert not advised(middle)
     with caplog.at_level(logging.INFO, "vllm.dspark"):
@@ -62,7 +67,7 @@ def test_says_why_not_and_leaves_the_memory_alone(tmp_path, monkeypatch, caplog,
     monkeypatch.setattr(memory, "ENABLED", tmp_path / "enabled")
     if content is not None:
         memory.ENABLED.write_text(content)
-    cache = torch.zeros(SIZE, dtype=torch.int8)
+    cache = fresh()
     with caplog.at_level(logging.INFO, "vllm.dspark"):
         assert memory.prefer_huge_pages([cache]) == 0
     assert said in caplog.text
