@@ -172,14 +172,18 @@ def main(
         sizes = models.TINY if dry else models.QWEN3_8B
         folders, common = models.write(Path(folder), sizes), options(dry, together, cells, tokens, json.loads(engine))
 
-        def up(name: str, owner: ExitStack) -> EngineProcess:
-            console.print(f"starting {name}")  # one after the other: each measures the memory that is left
-            return owner.enter_context(start(name, folders, dry, json.loads(dspark), common)).wait()
-
-        kept = {name: up(name, stack) for name in groups[0] if name == PLUGIN}
+        kept: dict[str, EngineProcess] = {}
         for group in groups:
             with ExitStack() as others:
-                engines = {name: kept.get(name) or up(name, others) for name in group}
+                engines = dict(kept)
+                for name in group:
+                    if name not in kept:
+                        console.print(f"starting {name}")
+                        owner = stack if name == PLUGIN else others
+                        engines[name] = owner.enter_context(start(name, folders, dry, json.loads(dspark), common))
+                        if "kv_cache_memory_bytes" not in common:
+                            engines[name].wait()  # one after the other: each measures the memory that is left
+                kept = {name: one.wait() for name, one in engines.items() if name == PLUGIN}
                 for cell in cells:
                     console.print(f"{cell[0]}, context {cell[1]}, c = {cell[2]}: {', '.join(group)}")
                     done[cell].append(measure(engines, cell, tokens, repeats, usual["steps"]))

@@ -9,7 +9,6 @@ tokens are first compared with the eager stage's. Without a GPU the measured col
 """
 
 import argparse
-import json
 import os
 import statistics
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from kernels_model import SHAPES, SLOTS, Arm, Shape, cost
 from kernels_vllm import Sampler, sequence
+from serving import report
 from torch import Tensor
 
 from vllm_dspark.heads.candidates import Candidates
@@ -231,11 +231,11 @@ def main() -> None:
                     if bench is not None:
                         fill(row, bench, arm)
                     rows.append(row)
+                if options.out:
+                    report.save(options.out, {"rows": [asdict(row) for row in rows]})
     print(table(rows))
     if options.dry:
         dry_run(device)
-    if options.out:
-        options.out.write_text("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n")
     if options.plot:
         plot(rows, options.plot)
 
