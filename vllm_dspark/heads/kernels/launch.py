@@ -2,9 +2,10 @@
 
 The rule. One row (or two) is a streamed product without tensor cores: small tiles straight into registers, four programs
 a multiprocessor, so that about 64 KB a multiprocessor is in flight, which is what it takes to saturate its share of the
-memory. More rows, and eight-bit weights beside any, go through tensor cores in row blocks of 16 to 128; tiles pass through
-shared memory in as many stages as fit. (A streamed product takes about 340 instructions for 32 eight-bit rows of W2, most of
-them to widen the weights: longer than memory takes to bring them.) The vocabulary is cut into as many parts as programs run
+memory. More rows, and greedy ones beside eight-bit weights, go through tensor cores in row blocks of 16 to 128; tiles pass
+through shared memory in as many stages as fit. (A streamed product takes about 340 instructions for 32 eight-bit rows of W2,
+most of them to widen the weights: longer than memory takes to bring them. Drawing noise for 16 rows where one is real takes
+longer still.) The vocabulary is cut into as many parts as programs run
 at once, of equal size to within ``ALIGN`` ids, so that all finish together; the row blocks that share a part are neighbours.
 """
 
@@ -59,8 +60,12 @@ class Tile:
     resident: int
 
 
-# (arch, rows of a block, bytes a weight, split) at padded rank 256: exceptions to the rule. These keep launches from spilling.
+# (arch, rows of a block, bytes a weight, split) at padded rank 256: exceptions to the rule. Those of sm_90 were the fastest of
+# what benchmarks/tiles.py tried on an H200; the others keep launches from spilling.
 TABLE: dict[tuple[str, int, int, bool], Tile] = {
+    ("sm_90", 16, 2, False): Tile(64, 8, 3, 2),
+    ("sm_90", 64, 2, False): Tile(32, 4, 3, 2),
+    ("sm_90", 64, 1, False): Tile(128, 8, 3, 1),
     ("sm_100", 32, 1, False): Tile(32, 4, 3, 2),
     ("sm_89", 16, 1, True): Tile(32, 4, 2, 2),
 }
@@ -120,10 +125,12 @@ def ceiling(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def step_launch(device: Device, batch: int, vocab: int, rank: int, weight_bytes: int, kind: HeadKind) -> StepLaunch:
+def step_launch(
+    device: Device, batch: int, vocab: int, rank: int, weight_bytes: int, kind: HeadKind, sampled: bool
+) -> StepLaunch:
     """The launch of one step for ``batch`` rows; ``weight_bytes`` is 0 where there is no W2."""
     split = kind in ("gated", "rnn")
-    streamed = batch <= 2 and weight_bytes != 1
+    streamed = batch <= 2 and (weight_bytes != 1 or sampled)
     block_rows = 1 if streamed else min(power_of_two(batch, 16), _most_rows(device, split))
     if device.arch == "interpreter":
         block_rows = min(block_rows, 16)

@@ -71,8 +71,11 @@ CASES = (
     Case("step", 1, sampled=True),
     Case("step", 1, format="int8"),
     Case("step", 1, format="fp8", sampled=True),
+    Case("step", 1, format="int8", sampled=True, quick=False),
     Case("step", 8, sampled=True),
     Case("step", 64, sampled=True, quick=False),
+    Case("step", 64, format="int8", sampled=True, quick=False),
+    Case("step", 64, format="fp8", sampled=True, quick=False),
     Case("step", 256, sampled=True),
     Case("step", 8, "rnn", "int8", True, quick=False),
     Case("advance", 1, "rnn", quick=False),
@@ -190,7 +193,7 @@ def launch_of(case: Case, device: Device, slots: int = 7) -> tuple[Any, Argument
         listed = candidates.arguments(weights, buffers, round, 1, some, chosen, written, device)
         return candidates.candidate_kernel, listed, 1
     size = 0 if weights.w2 is None else weights.w2.values.element_size()
-    launch = step_launch(device, b, case.vocab, weights.rank, size, case.kind)
+    launch = step_launch(device, b, case.vocab, weights.rank, size, case.kind, case.sampled)
     if case.kernel == "advance":
         return advance.advance_kernel, advance.arguments(weights, buffers, round, 1, launch.parts, device), 1
     return step.step_kernel, step.arguments(weights, buffers, round, 1, launch, device), launch.resident

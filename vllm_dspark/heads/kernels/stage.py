@@ -69,7 +69,8 @@ class FusedStage:
         if self.candidates is not None:
             self._draft_candidates(round, self.candidates)
             return
-        launch = step_launch(self.device, batch, vocab, weights.rank, weight_bytes, weights.kind)
+        sampled = round.draws is not None
+        launch = step_launch(self.device, batch, vocab, weights.rank, weight_bytes, weights.kind, sampled)
         for k in range(slots):
             if not launch.fused:
                 advance(weights, self.buffers, round, k, launch.parts, self.device)
