@@ -19,7 +19,7 @@ from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_dspark.engine import models, pair, plain, setup
 from vllm_dspark.engine.context import DeferredContext
-from vllm_dspark.engine.memory import prefer_huge_pages
+from vllm_dspark.engine.memory import keep_heap, prefer_huge_pages
 from vllm_dspark.engine.rounds import Decider
 from vllm_dspark.heads import sequential
 from vllm_dspark.options import KEY, DSparkOptions
@@ -89,6 +89,7 @@ class DSparkProposer(DFlashProposer):
     def start_policy(self) -> None:
         """Measure step times, if the policy needs them; the runner is ready and nobody is served yet."""
         if self.device.type == "cpu":
+            keep_heap()
             prefer_huge_pages(self.runner.kv_caches)
         self.rounds = setup.decider(self, setup.cost(self))
 
