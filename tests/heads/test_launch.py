@@ -24,11 +24,13 @@ def test_every_id_is_in_exactly_one_part(device, weight_bytes, sampled, vocab):
 
 
 @pytest.mark.parametrize("device", KNOWN.values(), ids=KNOWN)
-def test_one_wave_of_programs_whose_shares_are_even(device):
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("weight_bytes", [1, 2])
+def test_one_wave_of_programs_whose_shares_are_even(device, weight_bytes, sampled):
     """At serving shapes no program runs after the others, and the largest part is within 7 % of the mean."""
     for batch in (1, 4, 16, 64, 256):
         for vocab in (151936, 262144):
-            launch = step_launch(device, batch, vocab, 256, 2, "vanilla", True)
+            launch = step_launch(device, batch, vocab, 256, weight_bytes, "vanilla", sampled)
             programs = -(-batch // launch.block_rows) * launch.parts
             assert programs <= device.processors * launch.resident
             assert launch.chunk * launch.parts <= 1.07 * vocab
@@ -45,8 +47,8 @@ def test_only_small_vanilla_batches_are_one_launch_a_step():
     assert not fused(1, "rnn")
 
 
-def test_no_noise_for_rows_that_are_not_there():
-    """A row or two that are sampled are streamed in every format; greedy ones pad a tensor-core block beside eight bits."""
+def test_one_or_two_sampled_rows_are_streamed_in_every_format():
+    """Greedy ones pad a tensor-core block beside eight bits."""
 
     def rows(batch, weight_bytes, sampled):
         return step_launch(KNOWN["sm_90"], batch, 151936, 256, weight_bytes, "vanilla", sampled).block_rows

@@ -4,9 +4,9 @@ The rule. One row (or two) is a streamed product without tensor cores: small til
 a multiprocessor, so that about 64 KB a multiprocessor is in flight, which is what it takes to saturate its share of the
 memory. More rows, and greedy ones beside eight-bit weights, go through tensor cores in row blocks of 16 to 128; tiles pass
 through shared memory in as many stages as fit. (A streamed product takes about 340 instructions for 32 eight-bit rows of W2,
-most of them to widen the weights: longer than memory takes to bring them. Drawing noise for 16 rows where one is real takes
-longer still.) The vocabulary is cut into as many parts as programs run
-at once, of equal size to within ``ALIGN`` ids, so that all finish together; the row blocks that share a part are neighbours.
+most of them to widen the weights: longer than memory takes to bring them. Drawing noise for 16 rows where one or two are real
+takes longer still.) The vocabulary is cut into as many parts as programs run at once, of equal size to within ``ALIGN`` ids,
+so that all finish together; the row blocks that share a part are neighbours.
 """
 
 from dataclasses import dataclass
@@ -60,14 +60,19 @@ class Tile:
     resident: int
 
 
-# (arch, rows of a block, bytes a weight, split) at padded rank 256: exceptions to the rule. Those of sm_90 were the fastest of
-# what benchmarks/tiles.py tried on an H200; the others keep launches from spilling.
-TABLE: dict[tuple[str, int, int, bool], Tile] = {
-    ("sm_90", 16, 2, False): Tile(64, 8, 3, 2),
-    ("sm_90", 64, 2, False): Tile(32, 4, 3, 2),
-    ("sm_90", 64, 1, False): Tile(128, 8, 3, 1),
-    ("sm_100", 32, 1, False): Tile(32, 4, 3, 2),
-    ("sm_89", 16, 1, True): Tile(32, 4, 2, 2),
+# (arch, rows of a block, bytes a weight, split, sampled) at padded rank 256: exceptions to the rule. Those of sm_90 were faster
+# on an H200 at 8 and 64 rows of Qwen3's shape; the others keep launches from spilling.
+TABLE: dict[tuple[str, int, int, bool, bool], Tile] = {
+    ("sm_90", 16, 2, False, False): Tile(64, 4, 4, 2),
+    ("sm_90", 16, 2, False, True): Tile(64, 8, 3, 2),
+    ("sm_90", 16, 1, False, True): Tile(128, 8, 2, 2),
+    ("sm_90", 64, 2, False, False): Tile(64, 4, 2, 2),
+    ("sm_90", 64, 2, False, True): Tile(32, 4, 3, 2),
+    ("sm_90", 64, 1, False, False): Tile(128, 8, 3, 1),
+    ("sm_100", 32, 1, False, False): Tile(32, 4, 3, 2),
+    ("sm_100", 32, 1, False, True): Tile(32, 4, 3, 2),
+    ("sm_89", 16, 1, True, False): Tile(32, 4, 2, 2),
+    ("sm_89", 16, 1, True, True): Tile(32, 4, 2, 2),
 }
 
 INTERPRETER = Device("interpreter", 3, 1 << 20)
@@ -135,7 +140,7 @@ def step_launch(
     if device.arch == "interpreter":
         block_rows = min(block_rows, 16)
     row_bytes = power_of_two(rank, 32) * max(weight_bytes, 1)
-    found = TABLE.get((device.arch, block_rows, weight_bytes, split)) if power_of_two(rank) == 256 else None
+    found = TABLE.get((device.arch, block_rows, weight_bytes, split, sampled)) if power_of_two(rank) == 256 else None
     tile = found or (_streamed(row_bytes) if block_rows == 1 else _tiled(device, block_rows, row_bytes, rank, split))
     if device.arch == "interpreter":
         tile = Tile(32 if vocab < 512 else 256, 4, 1, 1)
