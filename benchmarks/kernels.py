@@ -3,9 +3,9 @@
     python benchmarks/kernels.py [--shape qwen3] [--batch 1 2 4 ...] [--out FILE.json] [--plot FILE.png]
     TRITON_INTERPRET=1 python benchmarks/kernels.py --dry        # tiny shapes, every arm once, and the predictions
 
-Needs torch and Triton, not vLLM. One round is K = 7 steps. On a GPU every arm is timed as it is launched from Python and as
-a CUDA graph, in a loop (caches as the last round left them) and after the second-level cache was overwritten. Every arm's
-tokens are first compared with the eager stage's. Without a GPU the measured columns stay empty beside the predictions.
+Needs torch, Triton and rich, not vLLM. One round is K = 7 steps. On a GPU every arm is timed as it is launched from Python
+and as a CUDA graph, in a loop (caches as the last round left them) and after the second-level cache was overwritten. Every
+arm's tokens are first compared with the eager stage's. Without a GPU the measured columns stay empty beside the predictions.
 """
 
 import argparse

@@ -4,14 +4,15 @@
 
 A tile is rows, ids, warps, pipeline stages and programs a multiprocessor is counted on to run at once; without any, a grid
 of them is tried. Each times one round of Qwen3's shape (K = 7) as a CUDA graph, greedy and sampled; one that does not compile
-or run is named and left out. Its tokens are compared with the chosen launch's: other tiles add in another order, so a tie may
-fall the other way. Needs a GPU, not vLLM. Processes compile first (``--jobs``), then one measures.
+or run is named and left out, as is what ``--seconds`` cut short. Its tokens are compared with the chosen launch's: other tiles
+add in another order, so a tie may fall the other way. Needs a GPU, not vLLM. Processes compile first, then one measures.
 """
 
 import itertools
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -36,7 +37,7 @@ Try = tuple[str, int, bool, Tile | None]  # format, batch, sampled, tile (None: 
 
 
 def grid(batch: int) -> list[Tile]:
-    """Tiles that make sense for ``batch`` rows: one row streams without stages, blocks are not more than half padding."""
+    """Tiles that make sense for ``batch`` rows: one row streams without stages, larger blocks have 16 rows or no half empty."""
     rows = [n for n in ROWS if (batch <= 2 if n == 1 else n < 2 * max(batch, 16))]
     found = itertools.product(rows, IDS, WARPS, STAGES, RESIDENT)
     return [tile for tile in found if (tile[0] == 1) == (tile[3] == 1)]
@@ -68,24 +69,26 @@ class Rounds:
 
 
 def compile_some(tries: Sequence[Try], seconds: float) -> list[Try]:
-    """Run each once, so that Triton's cache has it; those that ran, and none that was not begun in time."""
+    """Run each once, so that Triton's cache has it; those that ran."""
     rounds, end, done = Rounds(), time.monotonic() + seconds, []
     for what in tries:
-        if time.monotonic() > end:
-            break
         try:
+            if time.monotonic() > end:
+                raise TimeoutError("not begun in time")
             rounds.of(what)[1]()
             torch.cuda.synchronize()
             done.append(what)
         except Exception as error:
             print(f"left out {what}: {type(error).__name__}: {str(error)[:80]}", flush=True)
+            if "CUDA error" in str(error):
+                break  # this process cannot use the GPU any more
     return done
 
 
-def measure(tries: Sequence[Try], repeats: int) -> list[dict[str, Any]]:
+def measure(tries: Sequence[Try], repeats: int) -> Iterator[dict[str, Any]]:
     """A row for each: microseconds a round (median), and the share of its tokens that are the chosen launch's."""
-    rounds, rows, chosen = Rounds(), [], dict[tuple[str, int, bool], Tensor]()
-    for what in tries:  # of each kind, the chosen launch comes first
+    rounds, chosen = Rounds(), dict[tuple[str, int, bool], Tensor]()
+    for what in tries:
         bench, run = rounds.of(what)
         bench.round.tokens.fill_(-1)
         run()
@@ -99,8 +102,7 @@ def measure(tries: Sequence[Try], repeats: int) -> list[dict[str, Any]]:
         times = timed(lambda graph=graph: [graph.replay() for _ in range(5)], repeats, None)  # type: ignore[misc]
         same = round(float((tokens == chosen[what[:3]]).float().mean()), 3) if what[:3] in chosen else None
         row = dict(zip(("format", "batch", "sampled", "tile"), what, strict=True))
-        rows.append({**row, "us": round(times / 5, 1), "same": same})
-    return rows
+        yield {**row, "us": round(times / 5, 1), "same": same}
 
 
 def main(
@@ -121,10 +123,15 @@ def main(
         for f, n, sampled in itertools.product(form or ["native", "int8", "fp8"], batch or [1, 8, 64], (False, True))
         for some in (None, *(given or grid(n)))
     ]
-    shares = [(tries[at::jobs], seconds) for at in range(jobs)]
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        ran = set(itertools.chain.from_iterable(pool.starmap(compile_some, shares)))
-    rows = measure([what for what in tries if what in ran], repeats)
+    first = sorted(tries, key=lambda what: what[3] is not None)  # what all are compared with
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        parts = [pool.submit(compile_some, first[at::jobs], seconds) for at in range(jobs)]
+        ran = {what for part in parts for what in part.result()}
+    rows = []
+    for row in measure([what for what in tries if what in ran], repeats):
+        rows.append(row)
+        if out:
+            report.save(out, {"rows": rows})
     table = Table(title="Microseconds a round")
     for name in ("format", "batch", "draws", "chosen", "the fastest"):
         table.add_column(name)
@@ -134,8 +141,6 @@ def main(
         best = "; ".join(f"{row['us']} {row['tile'] or 'chosen'}" for row in ordered[:4])
         table.add_row(key[0], str(key[1]), "sampled" if key[2] else "greedy", chosen, best)
     Console().print(table)
-    if out:
-        report.save(out, {"rows": rows})
 
 
 if __name__ == "__main__":
