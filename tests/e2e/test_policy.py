@@ -40,6 +40,7 @@ def test_step_times_are_measured_once_and_greedy_output_is_identical(
         assert run.accepted > 0
     log = engine.log.read_text(errors="replace")
     assert "step times: measuring" in log
+    assert log.index("huge pages") < log.index("step times: measuring"), "measured on the memory that is served from"
     (kept,) = cache.iterdir()
     kept.write_text("{}")
     engines.close()
