@@ -2,14 +2,16 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from vllm_dspark.verification.cost import CostModel, CostTable, StepTiming
+from vllm_dspark.verification.cost import CostModel, CostTable, StepTiming, next_size
 
 TRUE = CostTable((1, 64), (0.010, 0.020), (1, 8), (0.002, 0.003), label="measured")
 Measure = Callable[..., CostTable]
@@ -24,6 +26,7 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Measure:
     monkeypatch.setattr(profiling, "key", lambda *_: {"device": "test"})
     monkeypatch.setattr(profiling, "get_tp_group", lambda: SimpleNamespace(broadcast_object=lambda value: value))
     monkeypatch.setattr(profiling.Profiler, "_upkeep", lambda _: 0.0)
+    monkeypatch.setattr(profiling.Profiler, "_warm_up", lambda _: None)
     group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=32))
     runner: Any = SimpleNamespace(
         kv_cache_config=SimpleNamespace(num_blocks=999, kv_cache_groups=[group]),
@@ -73,3 +76,54 @@ def test_what_a_busy_machine_shows_is_used_but_not_kept(measure: Measure, tmp_pa
 def test_without_time_nothing_is_measured(measure: Measure, tmp_path: Path) -> None:
     assert "guess" in measure(tmp_path, 1.0, seconds=0.0).label
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("width", [1, 3, 5, 7, 15])
+def test_every_size_is_run_before_it_is_served(width: int) -> None:
+    """Over 1, 2, 4, … 32 requests: all sizes up to the largest step, and all numbers of drafting requests but a few."""
+    pytest.importorskip("vllm")
+    from vllm_dspark.engine import profiling
+
+    powers = [1 << power for power in range(6)]
+    steps = [(requests, *step) for requests in powers for step in profiling.first_sizes(requests, width)]
+    assert {tokens for _, tokens, _ in steps} == set(next_size(np.arange(2, 32 * (1 + width) + 1)).tolist())
+    assert {drafting for *_, drafting in steps} >= set(range(1, 9))
+    for requests, tokens, drafting in steps:
+        drafts = profiling.spread(tokens - requests, requests)
+        assert len(drafts) == requests
+        assert sum(drafts) == tokens - requests
+        assert max(drafts) <= min(width, min(drafts) + 1)
+        assert requests // 2 < drafting <= requests
+
+
+def test_sizes_run_as_long_as_there_is_time_and_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
+    from vllm_dspark.engine import profiling
+
+    clock = itertools.count()
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: float(next(clock)))
+    group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=32))
+    runner: Any = SimpleNamespace(
+        kv_cache_config=SimpleNamespace(num_blocks=9999, kv_cache_groups=[group]),
+        scheduler_config=SimpleNamespace(max_num_seqs=8), max_model_len=512, max_num_tokens=24,
+    )  # fmt: skip
+    usual = object()
+    proposer: Any = SimpleNamespace(
+        num_speculative_tokens=7, width=7, queries=7, rounds=usual, device=SimpleNamespace(type="cpu")
+    )
+    ran: list[tuple[int, list[int]]] = []
+
+    @contextmanager
+    def decoding(self: Any, requests: int, context: int) -> Iterator[Callable[[list[int]], None]]:
+        assert proposer.rounds is not usual
+        yield lambda drafts: ran.append((requests, drafts))
+
+    monkeypatch.setattr(profiling.Profiler, "_decoding", decoding)
+    profiler = profiling.Profiler(runner, proposer, lambda late: late, warming=3.5)
+    profiler._warm_up()
+    assert {requests for requests, _ in ran} == {1, 2, 4}, "one look at the clock for each number of requests"
+    assert max(requests + sum(drafts) for requests, drafts in ran) == 24, "no step is larger than the engine's largest"
+    assert proposer.rounds is usual
+    ran.clear()
+    profiler._warm_up()
+    assert not ran

@@ -34,7 +34,7 @@ class Profiler(profiling.Profiler):
 
     measured: ClassVar[list[int]] = []
 
-    def __init__(self, runner: Any, proposer: Any, agree: Callable[[Any], Any]) -> None:
+    def __init__(self, runner: Any, proposer: Any, agree: Callable[[Any], Any], warming: float) -> None:
         self.proposer, self.agree, self.samples = proposer, agree, []
         self.measured.append(0)
 
@@ -43,6 +43,9 @@ class Profiler(profiling.Profiler):
 
     def _shape(self, *_: Any) -> None:
         self.measured[-1] += 1
+
+    def _warm_up(self) -> None:
+        pass
 
     def _upkeep(self) -> float:
         return 0.0

@@ -2,6 +2,9 @@
 
 Requests are put straight into the runner, as if their context had been computed before, so a long context costs nothing to
 set up. Nobody else is served yet, and the cache blocks used are handed out again by the scheduler later.
+
+A CPU's libraries prepare every new size of a matrix product, which can take longer than the product: the sizes that serving
+will meet are run once before anything is timed, so that the first requests' first rounds do not pay for it.
 """
 
 import hashlib
@@ -11,6 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +29,7 @@ import vllm_dspark
 from vllm_dspark.engine import hooks
 from vllm_dspark.engine.rounds import NOBODY
 from vllm_dspark.verification import profile
-from vllm_dspark.verification.cost import CostModel, CostTable, StepTiming
+from vllm_dspark.verification.cost import CostModel, CostTable, StepTiming, next_size
 from vllm_dspark.verification.records import Rows
 
 logger = logging.getLogger("vllm.dspark")
@@ -33,6 +37,8 @@ logger = logging.getLogger("vllm.dspark")
 SHORT, LONG = 64, 4096  # tokens of context profiled
 STEPS = 3  # timed steps of every shape in a pass, after one that is not
 PASSES = 2
+SIZES = 8  # at most in a power of two, see ``next_size``
+WARMING = 0.25  # most of the time that may go into running sizes for the first time
 FASTER = 0.6  # of the time in a table: the table was measured while the machine was busy
 UPKEEP_TOKENS = 256  # context tokens written at once to time that
 
@@ -88,7 +94,7 @@ def table(runner: Any, proposer: Any, seconds: float, folder: str | None) -> Cos
     """Step times of a V1 runner, see :func:`known`. All tensor-parallel ranks call this together."""
     depends = key(runner.vllm_config, proposer.draft_model_config, proposer.queries)
     agree = get_tp_group().broadcast_object
-    return known(depends, seconds, folder, lambda: Profiler(runner, proposer, agree), agree)
+    return known(depends, seconds, folder, lambda: Profiler(runner, proposer, agree, WARMING * seconds), agree)
 
 
 def known(
@@ -140,11 +146,28 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-dspark"
 
 
+def first_sizes(requests: int, width: int) -> list[tuple[int, int]]:
+    """(tokens of a step, requests that draft in it): the sizes from half of what these requests verify at most; all, of one.
+
+    Over 1, 2, 4, … requests that makes every size there is, and nearly every number of drafting requests.
+    """
+    most = requests * (1 + width)
+    sizes = np.unique(next_size(np.arange(most // 2 + 1 if requests > 1 else 2, most + 1)))
+    sizes = sizes[sizes <= most]
+    drafting = np.linspace(requests, requests // 2 + 1, sizes.size).round().astype(np.int64)
+    return list(zip(sizes.tolist(), drafting.tolist(), strict=True))
+
+
+def spread(drafts: int, requests: int) -> list[int]:
+    """Drafts of each request, as evenly as can be."""
+    each, more = divmod(drafts, requests)
+    return [each + (index < more) for index in range(requests)]
+
+
 class Script:
-    """Takes the policy's place while profiling: everybody drafts as told, and the times are noted."""
+    """Takes the policy's place while profiling: the first ``rows`` draft, and the times are noted."""
 
     def __init__(self) -> None:
-        self.drafts = 0
         self.rows = 0
         self.began = 0.0
         self.draft_seconds = 0.0
@@ -158,11 +181,11 @@ class Script:
     def begin(
         self, now: float, sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], k: int, tokens: int | None = None
     ) -> Rows:
-        self.began, self.rows, self.draft_seconds = now, len(sampled), 0.0
-        return np.arange(len(sampled)) if self.drafts else NOBODY
+        self.began, self.draft_seconds = now, 0.0
+        return np.arange(self.rows) if self.rows else NOBODY
 
     def lengths(self, confidences: NDArray[np.floating] | None) -> Rows:
-        return np.full(self.rows, self.drafts, dtype=np.int64)
+        return np.zeros(self.rows, dtype=np.int64)  # what the next step verifies is made up
 
     def end(self, now: float, seconds: float) -> None:
         self.draft_seconds = seconds
@@ -171,9 +194,9 @@ class Script:
 class Profiler:
     """Decodes made-up requests on a V1 runner."""
 
-    def __init__(self, runner: Any, proposer: Any, agree: Callable[[Any], Any]) -> None:
-        """Args: agree: gives every rank rank 0's value."""
-        self.runner, self.proposer, self.agree = runner, proposer, agree
+    def __init__(self, runner: Any, proposer: Any, agree: Callable[[Any], Any], warming: float = 0.0) -> None:
+        """Args: agree: gives every rank rank 0's value. warming: most seconds to run sizes for the first time."""
+        self.runner, self.proposer, self.agree, self.warming = runner, proposer, agree, warming
         self.width = min(proposer.num_speculative_tokens, proposer.width)
         self.blocks = runner.kv_cache_config.num_blocks - 1  # block 0 is nobody's
         self.groups = [group.kv_cache_spec.block_size for group in runner.kv_cache_config.kv_cache_groups]
@@ -186,30 +209,55 @@ class Profiler:
         Raises:
             ValueError: there was not even time for one step with drafts and one without.
         """
+        self._warm_up()
         self._measure(self._shapes(), deadline)
         return profile.fit(self.samples, context_per_token=self._upkeep(), label=f"measured on {device()}")
 
     def beats(self, table: CostTable) -> bool:
         """Whether one request, with drafts or without, is served far faster than this table has it. Warms the engine up."""
+        self._warm_up()
         self._measure([(1, drafts, SHORT) for drafts in (0, self.width)])
         model = CostModel(table, 1 + self.width, 1)
         return any(sample.target_seconds + sample.draft_seconds < FASTER * sum(model.step(sample)) for sample in self.samples)
 
+    def _warm_up(self) -> None:
+        """Run every size of step for the first time, few requests before many, as far as the time for it goes; once."""
+        deadline, self.warming = time.perf_counter() + self.warming, 0.0
+        if self.proposer.device.type != "cpu":
+            return
+        with self._scripted() as script:
+            for requests in self._powers():
+                if self.agree(time.perf_counter() > deadline):
+                    break
+                with self._decoding(requests, SHORT) as step:
+                    for tokens, script.rows in first_sizes(requests, self.width):
+                        if tokens <= self.runner.max_num_tokens:
+                            step(spread(tokens - requests, requests))
+
     def _measure(self, shapes: Iterable[tuple[int, int, int]], deadline: float = math.inf) -> None:
-        script = Script()
-        usual, self.proposer.rounds = self.proposer.rounds, script
-        try:
+        with self._scripted() as script:
             for requests, drafts, context in shapes:
                 if self.agree(time.perf_counter() > deadline):
                     break
                 self._shape(script, requests, drafts, context)
+
+    @contextmanager
+    def _scripted(self) -> Iterator[Script]:
+        script = Script()
+        usual, self.proposer.rounds = self.proposer.rounds, script
+        try:
+            yield script
         finally:
             self.proposer.rounds = usual
 
+    def _powers(self) -> list[int]:
+        """Numbers of requests: 1, 2, 4, … as far as they fit."""
+        most = self.runner.scheduler_config.max_num_seqs
+        return [1 << power for power in range(most.bit_length()) if self._fits(1 << power, SHORT)]
+
     def _shapes(self) -> Iterator[tuple[int, int, int]]:
         """(requests, drafts of each, context), the most telling first."""
-        most = self.runner.scheduler_config.max_num_seqs
-        sizes = [1 << power for power in range(most.bit_length()) if self._fits(1 << power, SHORT)]
+        sizes = self._powers()
         long = min(LONG, self.runner.max_model_len - self._room())
         drafts = dict.fromkeys([0, self.width, max(self.width // 2, 1), 1])
         for once in range(PASSES):
@@ -220,7 +268,7 @@ class Profiler:
 
     def _room(self) -> int:
         """Tokens a profiled request may grow by, and those its last block forward looks at."""
-        return (STEPS + 3) * (self.width + 1) + self.proposer.queries
+        return (max(SIZES, self.width, 1 + STEPS) + 2) * (self.width + 1) + self.proposer.queries
 
     def _needs(self, context: int) -> int:
         return sum(-(-(context + self._room()) // size) for size in self.groups)
@@ -229,24 +277,35 @@ class Profiler:
         return context + self._room() <= self.runner.max_model_len and requests * self._needs(context) <= self.blocks
 
     def _shape(self, script: Script, requests: int, drafts: int, context: int) -> None:
-        script.drafts = drafts
+        script.rows = requests if drafts else 0
+        with self._decoding(requests, context) as step:
+            for number in range(1 + STEPS):
+                began = time.perf_counter()
+                step([drafts] * requests)
+                if number:
+                    self.samples.append(
+                        StepTiming(
+                            requests * (1 + drafts), requests, float(requests * context), script.began - began, None,
+                            script.rows, float(requests * context), script.draft_seconds,
+                        )
+                    )  # fmt: skip
+
+    @contextmanager
+    def _decoding(self, requests: int, context: int) -> Iterator[Callable[[Sequence[int]], None]]:
+        """So many requests, until the end of the block; what is yielded runs a step that verifies so many drafts of each."""
         names = [f"dspark-profile-{self.names + index}" for index in range(requests)]
         self.names += requests
         computed = dict.fromkeys(names, context)
         sampled = self._step(self._joining(names, context))
+
+        def step(drafts: Sequence[int]) -> None:
+            nonlocal sampled
+            for name, tokens in sampled.items():
+                computed[name] += len(tokens)
+            sampled = self._step(self._going_on(computed, drafts))
+
         try:
-            for step in range(1 + STEPS):
-                for name, tokens in sampled.items():
-                    computed[name] += len(tokens)
-                began = time.perf_counter()
-                sampled = self._step(self._going_on(computed, drafts))
-                if step:
-                    self.samples.append(
-                        StepTiming(
-                            requests * (1 + drafts), requests, float(requests * context), script.began - began, None,
-                            requests if drafts else 0, float(requests * context), script.draft_seconds,
-                        )
-                    )  # fmt: skip
+            yield step
         finally:
             gone = SchedulerOutput.make_empty()
             gone.finished_req_ids = set(names)
@@ -277,17 +336,17 @@ class Profiler:
         scheduled.num_spec_tokens_to_schedule = self.width
         return scheduled
 
-    def _going_on(self, computed: dict[str, int], drafts: int) -> SchedulerOutput:
+    def _going_on(self, computed: dict[str, int], drafts: Sequence[int]) -> SchedulerOutput:
         scheduled = SchedulerOutput.make_empty()
         names = list(computed)
         outputs = [len(self.runner.requests[name].output_token_ids) for name in names]
         scheduled.scheduled_cached_reqs = CachedRequestData(
             names, set(), [], {}, [None] * len(names), list(computed.values()), outputs
         )
-        scheduled.num_scheduled_tokens = dict.fromkeys(names, 1 + drafts)
-        scheduled.total_num_scheduled_tokens = len(names) * (1 + drafts)
-        if drafts:
-            scheduled.scheduled_spec_decode_tokens = {name: [1] * drafts for name in names}
+        wanted = dict(zip(names, drafts, strict=True))
+        scheduled.num_scheduled_tokens = {name: 1 + count for name, count in wanted.items()}
+        scheduled.total_num_scheduled_tokens = len(names) + sum(drafts)
+        scheduled.scheduled_spec_decode_tokens = {name: [1] * count for name, count in wanted.items() if count}
         scheduled.num_spec_tokens_to_schedule = self.width
         return scheduled
 
