@@ -147,7 +147,7 @@ class DSparkProposer(DFlashProposer):
             self.rounds.end(time.perf_counter(), 0.0)
             return []
         drafts: list[list[int]] = [[] for _ in range(metadata.num_reqs)]
-        late = self._catch_up(tokens)
+        late = self._catch_up(sum(map(len, self._sampled)))
         anchors = torch.tensor([self._sampled[row][-1] for row in rows.tolist()], dtype=torch.int32, device=self.device)
         block = self._draft(rows, starts[rows], anchors, metadata, sampling_metadata)
         if block is not None:
@@ -163,7 +163,7 @@ class DSparkProposer(DFlashProposer):
         self.model.precompute_and_store_context_kv(self.model.combine_hidden_states(states), positions, slots)
 
     def _catch_up(self, tokens: int) -> float:
-        """Write all context; the seconds that went into steps before this one, whose share was ``tokens``."""
+        """Write all context; the seconds that went into all of it but ``tokens``: into earlier steps' and into prompts."""
         kept = self.context.tokens
         began = time.perf_counter()
         self.context.write()
