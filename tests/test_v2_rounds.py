@@ -284,3 +284,16 @@ def test_drafts_are_counted_by_what_became_of_them() -> None:
     assert counters.calls[0] == (0, 0, 0, 0, False)
     # verified, accepted, trimmed (the fourth draft of a), not drafted (all of "off"), skipped
     assert counters.calls[1:] == [(3, 2, 1, WIDTH, False), (3, 3, 1, WIDTH, False)]
+
+
+def test_rounds_on_trial_show_that_drafting_pays_again() -> None:
+    """After a loss of five rounds too many; a trial that has won gets back what it was charged for."""
+    world = World()
+    world.play(60, 0.95)
+    ledger = world.policy.ledger
+    ledger.balance, paid = ledger.limit - 0.05, ledger.probing
+    lengths = world.play(40, 0.95)
+    assert world.policy.counters["on trial"] in range(1, 6)
+    assert (lengths[20:] == WIDTH).mean() > 0.9
+    assert ledger.balance > 0
+    assert ledger.probing == pytest.approx(paid)

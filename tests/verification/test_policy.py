@@ -587,3 +587,42 @@ def test_trying_is_rare_and_paid_for_as_probing(monkeypatch):
     assert len(tried) > 2
     assert min(np.diff(tried)) >= 4
     assert policy.ledger.credit >= 0.0
+
+
+@pytest.mark.parametrize(("credit", "rounds"), [(0.030, range(2, 20)), (0.0, range(500, 700))])
+def test_rounds_on_trial_soon_show_that_drafting_pays_again(credit, rounds):
+    """Five rounds too many were lost. Without trials nothing makes up for it but a small share of time."""
+    policy = make()
+    play(policy, 60, 0.9)
+    policy.ledger.balance, policy.ledger.credit = policy.ledger.limit - 0.050, credit
+    policy.ledger.probe_share = 0.0
+    guarded = 0
+    while policy.ledger.balance < policy.ledger.limit:
+        play(policy, 1, 0.9)
+        guarded += 1
+    assert guarded in rounds
+    assert (policy.counters["on trial"] > 0) is bool(credit)
+
+
+def test_what_a_trial_loses_is_paid_like_a_probe(monkeypatch):
+    """Estimates promise half as much again; in truth drafting doubles a round and brings nothing."""
+    policy = make()
+    play(policy, 60, 0.9)
+    promised = Choice(2, 0.0, off=100.0, best=150.0, deviation=0.01, off_seconds=0.010)
+    monkeypatch.setattr("vllm_dspark.verification.choice.choose", lambda *arguments: promised)
+    ledger = policy.ledger
+    ledger.balance = ledger.limit - 0.5
+    balance, credit, paid, trials = ledger.balance, ledger.credit, ledger.probing, 0
+    for _ in range(400):
+        decision = policy.begin_round(RoundInput(("a", "b"), np.full(2, 100)))
+        lengths = policy.lengths(np.full((decision.rows.size, 4), 0.05)) if decision.drafting else np.zeros(0, dtype=int)
+        policy.observe(Outcomes([("a", "b")[row] for row in decision.rows], lengths, 0 * lengths))
+        seconds, drafting = (0.018, 0.006) if decision.drafting else (0.010, 0.0)
+        policy.observe_step(
+            StepTiming(2 + int(lengths.sum()), 2, 200.0, seconds, None, len(lengths), 100.0 * len(lengths), drafting)
+        )
+        trials += decision.reason == "on trial"
+        assert decision.reason in ("on trial", "guarded")
+    assert trials > 2
+    assert 0.005 * trials <= ledger.probing - paid <= credit + 0.015 + ledger.probe_share * 400 * 0.011
+    assert balance <= ledger.balance < balance + 1.1 * ledger.loss_share * 400 * 0.011

@@ -50,7 +50,7 @@ class Flight:
         requests: ids. rows: their places in the round. slots, caps, adaptive, probes: as in the plan.
         tenancies: of the slots, see :class:`Registry`.
         contexts: tokens of context. number: of the round. reason: of the decision.
-        off_seconds, draft_seconds, probe_seconds, time_limit: see :class:`Plan`. seconds: predicted once it is allotted.
+        off_seconds, draft_seconds, probe_seconds, stake, time_limit: see :class:`Plan`. seconds: predicted once it is allotted.
         sure_yield: tokens expected of the step without its drafts.
         raw, conditional, good: confidences, once they have landed.
     """
@@ -68,6 +68,7 @@ class Flight:
     off_seconds: float
     draft_seconds: float
     probe_seconds: float
+    stake: float
     time_limit: float
     sure_yield: float
     seconds: float = 0.0
@@ -121,7 +122,8 @@ class AsynchronousPolicy(Policy):
             [plan.requests[row] for row in rows.tolist()], rows, plan.slots[rows],
             self.requests.tenancies[plan.slots[rows]], plan.caps[rows], plan.adaptive,
             plan.decision.probes, plan.contexts[rows], self.round, plan.decision.reason, plan.off_seconds,
-            plan.draft_seconds, plan.probe_seconds, plan.time_limit, plan.load.sure_yield, seconds=plan.off_seconds,
+            plan.draft_seconds, plan.probe_seconds, plan.stake, plan.time_limit, plan.load.sure_yield,
+            seconds=plan.off_seconds,
         )  # fmt: skip
 
     def drew(self, flight: Flight, confidences: NDArray[np.floating] | None) -> None:
@@ -210,7 +212,7 @@ class AsynchronousPolicy(Policy):
         likely, came = float(expected[flight.adaptive].sum()), float(accepted[flight.adaptive].sum())
         self.ledger.spent(flight.seconds, flight.off_seconds)
         gained = self._yield.gained(likely, came)
-        self.ledger.saved(flight.off_seconds * (1.0 + gained / max(flight.sure_yield, 1.0)) - flight.seconds)
+        self.ledger.saved(flight.off_seconds * (1.0 + gained / max(flight.sure_yield, 1.0)) - flight.seconds, flight.stake)
         keep = flight.good & self._held(flight) & (verified > 0)
         if not keep.any():
             return
@@ -235,4 +237,4 @@ class AsynchronousPolicy(Policy):
 def nobody(number: int, reason: str) -> Flight:
     """A flight without drafts."""
     none = np.zeros(0, dtype=bool)
-    return Flight([], NOBODY, NOBODY, NOBODY, NOBODY, none, none, np.zeros(0), number, reason, 0.0, 0.0, 0.0, np.inf, 0.0)
+    return Flight([], NOBODY, NOBODY, NOBODY, NOBODY, none, none, np.zeros(0), number, reason, 0.0, 0.0, 0.0, 0.0, np.inf, 0.0)

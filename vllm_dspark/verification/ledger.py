@@ -2,7 +2,8 @@
 
 Every round that speculates is compared with what the same round would have taken without: saved = tokens / R x t_off - t. The
 balance may fall below zero only by a few rounds; below that, drafting stops until time, a small share of which counts as saved,
-has made up for it. Whatever the estimates get wrong about the future, past losses stay bounded.
+has made up for it, or rounds on trial have: what those lose is paid like probing. Whatever the estimates get wrong about the
+future, past losses stay bounded.
 """
 
 import math
@@ -51,9 +52,15 @@ class Ledger:
         self.credit = min(self.credit + earned, _SAVED * self.typical_round)
         self.saved(self.loss_share * seconds)
 
-    def saved(self, seconds: float) -> None:
-        """A speculating round saved this much (negative: lost)."""
-        self.balance = min(self.balance + seconds, _LARGEST * self.typical_round)
+    def saved(self, seconds: float, stake: float = 0.0) -> None:
+        """A speculating round saved this much (negative: lost).
+
+        Args:
+            stake: what it was charged for beforehand, as a trial: if it won it gets that back, if it lost it pays the rest.
+        """
+        if stake:
+            self.probed(-stake if seconds >= 0 else max(-seconds - stake, 0.0))
+        self.balance = min(self.balance + max(seconds, 0.0 if stake else seconds), _LARGEST * self.typical_round)
 
     def probed(self, seconds: float) -> None:
         """A probe takes this much longer than no probe."""
@@ -73,6 +80,10 @@ class Ledger:
     def may_speculate(self, expected_loss: float = 0.0) -> bool:
         """Whether a round that may lose ``expected_loss`` still leaves the balance above the limit."""
         return self.balance - expected_loss >= self.limit
+
+    def may_try(self, seconds: float) -> bool:
+        """Whether a round that may lose this much can be paid like a probe, though the balance allows none."""
+        return seconds <= self.credit
 
     def may_probe(self, seconds: float, reserve: float = 1.0) -> bool:
         """Whether probing for this long stays within its share of time, which must hold ``reserve`` times as much."""

@@ -27,7 +27,7 @@ from vllm_dspark.verification.plan import NO_FLOOR, Load, Plan
 from vllm_dspark.verification.probing import PROBE_DRAFTS, Probing, price
 from vllm_dspark.verification.records import KINDS, DraftDecision, Kind, Outcomes, PolicyOptions, RoundInput, Rows
 from vllm_dspark.verification.registry import Registry
-from vllm_dspark.verification.standing import SILENT, Standing
+from vllm_dspark.verification.standing import SILENT, TRIAL, Standing
 from vllm_dspark.verification.survival import Floats, Survival, leading, logit, usable
 
 logger = logging.getLogger("vllm.dspark")
@@ -37,6 +37,7 @@ _TRIAL = 32  # requests that draft together until so many have
 MANY = 16  # requests from which their last survivals together stand for this round's
 _CHECK = 8  # rounds between two that only measure what not drafting takes
 _TRY = 4  # rounds between two that draft though it may not pay, to learn step times
+_STAKE = 0.5  # of a round without drafting: what a trial is taken to lose until it is known
 _STALL = 1.25  # longest that a stalled step counts against drafting, times what was expected
 _SHARED = 0.7  # largest error (log) of the expected time that is put down to the machine being slower or faster today
 NOBODY: Rows = np.zeros(0, dtype=np.int64)
@@ -176,8 +177,11 @@ class Policy:
         elif reason == "trying":
             self._tried = self.round
             self.ledger.probed(found.risk)
+        elif reason == TRIAL:
+            self._tried, plan.stake = self.round, _STAKE * found.off_seconds
+            self.ledger.probed(plan.stake)
         most = found.count if self.history.drafted >= _TRIAL else min(found.count, _TRIAL)
-        on = rows[:most] if reason in ("pays", "trying") else NOBODY
+        on = rows[:most] if reason in ("pays", "trying", TRIAL) else NOBODY
         self.probing.decided(plan.slots[rows], plan.slots[on], self.round)
         probes = NOBODY if reason == "measuring no drafting" else self._probes(self.cost, plan, rows[on.size :], on.size)
         reason = "probing" if probes.size and not on.size else reason
@@ -204,7 +208,8 @@ class Policy:
             due = self.round >= self._tried + _TRY
             return "trying" if due and self.ledger.may_probe(found.risk) else "does not pay"
         if not self.ledger.may_speculate():
-            return "guarded"
+            due = self.round >= self._tried + _TRY
+            return TRIAL if due and self.ledger.may_try(_STAKE * found.off_seconds) else "guarded"
         doubtful = found.unsure and found.gain < 2.0 * found.deviation
         if doubtful and self.round - self._checked >= min(_CHECK, 2 + self._explored):
             self._checked, self._explored = self.round, self._explored + 1
@@ -360,7 +365,7 @@ class Policy:
             off *= math.exp(min(max(shared, -_SHARED), _SHARED))
         gained = self._yield.gained(float(plan.expected.sum()), plan.accepted)
         self.ledger.spent(spent, plan.off_seconds)
-        self.ledger.saved(off * (1.0 + gained / max(plan.load.sure_yield, 1.0)) - spent)
+        self.ledger.saved(off * (1.0 + gained / max(plan.load.sure_yield, 1.0)) - spent, plan.stake)
 
     def _guarded(self, learn: Callable[..., None], *arguments: Any) -> None:
         try:

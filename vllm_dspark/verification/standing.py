@@ -10,8 +10,9 @@ _IDLE, _DRAFTING = 32, 6  # rounds for which a decision not to draft, and one to
 _CROWD = 0.5  # share of the requests that may be others, where a decision not to draft stands
 _LEAVING = 0.25  # share of the requests by which there may be fewer: drafting pays sooner then
 SILENT = "nobody can draft"
+TRIAL = "on trial"
 _CROWDED = ("does not pay", "guarded", SILENT)  # reasons that hold whoever exactly is there
-_ONCE = ("measuring no drafting", "probing", "trying")
+_ONCE = ("measuring no drafting", "probing", "trying", TRIAL)
 
 
 class Standing:
