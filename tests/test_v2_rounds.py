@@ -59,7 +59,7 @@ def test_a_budget_does_not_depend_on_what_the_round_itself_drafted() -> None:
 
 def test_the_host_waits_for_nothing_before_it_asks_for_a_round() -> None:
     """What has landed is looked at once the device has work again."""
-    world, opened = World(), list[bool]()
+    world, opened = World(policy="fixed"), list[bool]()
     asked = world.rounds.begin
     send, asking = world.rounds._landing.send, [False]
 

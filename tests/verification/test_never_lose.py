@@ -142,6 +142,18 @@ def test_a_table_from_a_busy_machine_does_not_keep_drafting_off(name, wrong):
     check(simulate(trace, world, concurrency=8 if name == "code" else 1, rounds=500, believed=mistaken(right, *wrong, 0.0)))
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("requests", [8, 32])
+def test_a_table_wrong_about_steps_without_drafts_does_not_keep_drafting_on(requests, ahead):
+    """Small steps were profiled on a busy machine, large ones not: drafting seems to pay twice over, and never does."""
+    right = table("steep")
+    busy = np.where(np.array(right.sizes) <= requests, 3.0, 1.0)
+    believed = dataclasses.replace(right, seconds=tuple(np.maximum.accumulate(busy * right.seconds).tolist()))
+    trace = traces.synthetic(64, ["prose"], seed=2)
+    result = simulate(trace, World(right, noise=0.05), concurrency=requests, rounds=500, believed=believed, ahead=ahead)
+    check(result)
+
+
 @pytest.mark.parametrize("period", [40, 150])
 def test_never_loses_to_off_when_everything_switches_at_once(period):
     trace = traces.synthetic(64, ["records", "prose"], tokens=400, period=period, seed=4)

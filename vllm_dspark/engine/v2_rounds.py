@@ -19,10 +19,12 @@ from vllm_dspark.metrics import Counters
 from vllm_dspark.verification.asynchronous import Allotment, AsynchronousPolicy, Flight, Step, nobody
 from vllm_dspark.verification.cost import StepTiming
 from vllm_dspark.verification.records import RoundInput, Rows
+from vllm_dspark.verification.standing import ONCE
 
 logger = logging.getLogger("vllm.dspark")
 
-EAGER, EVERY = 64, 8  # all of the first rounds are timed, then one of so many
+EAGER, EVERY = 64, 8  # all of the first rounds at a load are timed, then one of so many
+OTHER_LOAD = 1.3  # times as many requests, or as few
 FIRST = 1000.0  # logit of what comes before everything else
 SHARED = 64  # rounds between two exchanges of times, where there are several ranks
 
@@ -85,6 +87,7 @@ class Rounds:
         self._landed: list[Landed] = []  # the last four, newest first
         self._times: list[StepTiming] = []
         self._round = 0
+        self._load, self._eager = 0, 0  # requests when all rounds began to be timed, and until when they are
         self.allotment = Allotment(counts([]), 0, counts([]))
 
     def announce(self, request: str, extra_args: Any) -> None:
@@ -158,7 +161,7 @@ class Rounds:
             self._flight = self.policy.depart()
             self._flight.rows = counts(rows)[self._flight.rows]
         shape = None
-        if clean and (self._round <= EAGER or self._round % EVERY < 2):  # a time takes two rounds in a row
+        if clean and self._times_this(len(names)):
             shape = StepTiming(len(names), len(names), float(np.sum(inputs.contexts)), 1.0)
         now = Landed(
             names, self._flight, self._verifying, self._room, self._outcome,
@@ -168,6 +171,14 @@ class Rounds:
         now.drafting = bool(self._flight.slots.size) or self._always
         self._landed = [now, *self._landed[:3]]
         return now.drafting
+
+    def _times_this(self, requests: int) -> bool:
+        """Whether this round is timed; a time takes two rounds in a row."""
+        if max(requests, self._load) > OTHER_LOAD * min(requests, self._load):
+            self._load, self._eager = requests, self._round + EAGER
+        elif self._flight.reason in ONCE:  # decided in order to learn from it
+            self._eager = max(self._eager, self._round + 2)
+        return self._round < self._eager or self._round % EVERY < 2
 
     def end(self, confidences: Any) -> None:
         """The round has been asked for, or was skipped; learn from what has landed meanwhile.

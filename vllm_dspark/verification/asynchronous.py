@@ -227,6 +227,7 @@ class AsynchronousPolicy(Policy):
             self._guarded(self._timed, self.cost, timing)
 
     def _timed(self, cost: CostModel, timing: StepTiming) -> None:
+        self._measured(cost, timing)
         if not cost.observe(timing):
             self.counters["steps ignored as outliers"] += 1
 

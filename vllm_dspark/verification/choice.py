@@ -27,7 +27,7 @@ class Choice:
 
     Attributes:
         off, best: Θ without and with drafting, tokens per second. deviation: standard deviation of log(best / off) that the
-            cost model's errors leave. off_seconds: round without drafting. tokens: expected to be verified.
+            cost model's errors leave. off_seconds, seconds: round without and with drafting. tokens: expected to be verified.
         time_limit: longest round the speed objective allows, seconds.
     """
 
@@ -39,6 +39,7 @@ class Choice:
     off_seconds: float
     tokens: float = 0.0
     time_limit: float = float("inf")
+    seconds: float = 0.0
 
     @property
     def gain(self) -> float:
@@ -55,6 +56,11 @@ class Choice:
         """Seconds that drafting may lose by what is not known of step times; inf if it cannot win by that."""
         could_win = self.best > 0 and self.unsure and self.gain > -self.deviation
         return max(self.deviation - self.gain, 0.0) * self.off_seconds if could_win else float("inf")
+
+    @property
+    def stake(self) -> float:
+        """Seconds that drafting loses if it brings nothing."""
+        return max(self.seconds - self.off_seconds, 0.0)
 
     def margin(self, most: float, doubt: float) -> float:
         """Gain (log) below which a promise is not believed: one standard deviation of its error, at most ``most``.
@@ -145,7 +151,7 @@ def choose(cost: CostModel, load: Load, number: Floats, gain: Floats, contexts: 
     )  # fmt: skip
     return Choice(
         int(counts[n]), float(THRESHOLDS[v]), off, float(theta[n, v]), deviation(cost, load, drafting, off_seconds),
-        off_seconds, float(tokens[n, v]), float(limit[n, v]),
+        off_seconds, float(tokens[n, v]), float(limit[n, v]), float(seconds[n, v]),
     )  # fmt: skip
 
 

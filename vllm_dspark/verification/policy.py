@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_dspark.verification import choice, history, saved, scheduler
+from vllm_dspark.verification.checks import Checks
 from vllm_dspark.verification.choice import Choice
 from vllm_dspark.verification.cost import CostModel, StepTiming
 from vllm_dspark.verification.history import History
@@ -35,9 +36,7 @@ logger = logging.getLogger("vllm.dspark")
 _ADAPTIVE, _FIXED = KINDS.index("adaptive"), KINDS.index("fixed")
 _TRIAL = 32  # requests that draft together until so many have
 MANY = 16  # requests from which their last survivals together stand for this round's
-_CHECK = 8  # rounds between two that only measure what not drafting takes
 _TRY = 4  # rounds between two that draft though it may not pay, to learn step times
-_STAKE = 0.5  # of a round without drafting: what a trial is taken to lose until it is known
 _STALL = 1.25  # longest that a stalled step counts against drafting, times what was expected
 _SHARED = 0.7  # largest error (log) of the expected time that is put down to the machine being slower or faster today
 NOBODY: Rows = np.zeros(0, dtype=np.int64)
@@ -72,8 +71,9 @@ class Policy:
         self._standing = Standing()
         self._plan: Plan | None = None
         self._choice: Choice | None = None
-        self._price, self._checked, self._tried, self._explored, self._floor_age = 0.3, -_CHECK, 0, 0, 0
+        self._price, self._tried, self._floor_age = 0.3, 0, 0
         self._floor, self._yield = NO_FLOOR, Yield()
+        self._checks = Checks()
         if cost is None and self.options.policy == "adaptive":
             self._fail("there is no cost table")
 
@@ -171,14 +171,14 @@ class Policy:
             return
         plan.load = choice.load_of(plan, forced, self._fixed(plan.caps[forced]), self.history.mean[plan.slots[forced]])
         found, rows = self._compare(self.cost, plan, rows)
-        reason = self._judge(found)
+        reason = self._judge(found, plan.load)
         if reason == "pays":
             self._price = found.threshold
         elif reason == "trying":
             self._tried = self.round
             self.ledger.probed(found.risk)
         elif reason == TRIAL:
-            self._tried, plan.stake = self.round, _STAKE * found.off_seconds
+            self._tried, plan.stake = self.round, found.stake
             self.ledger.probed(plan.stake)
         most = found.count if self.history.drafted >= _TRIAL else min(found.count, _TRIAL)
         on = rows[:most] if reason in ("pays", "trying", TRIAL) else NOBODY
@@ -203,16 +203,15 @@ class Policy:
         self.ledger.begin(found.off_seconds)
         return found, rows
 
-    def _judge(self, found: Choice) -> str:
+    def _judge(self, found: Choice, load: Load) -> str:
         if found.count == 0 or found.gain <= found.margin(self.options.margin, self._yield.doubt):
             due = self.round >= self._tried + _TRY
             return "trying" if due and self.ledger.may_probe(found.risk) else "does not pay"
         if not self.ledger.may_speculate():
             due = self.round >= self._tried + _TRY
-            return TRIAL if due and self.ledger.may_try(_STAKE * found.off_seconds) else "guarded"
+            return TRIAL if due and self.ledger.may_try(found.stake) else "guarded"
         doubtful = found.unsure and found.gain < 2.0 * found.deviation
-        if doubtful and self.round - self._checked >= min(_CHECK, 2 + self._explored):
-            self._checked, self._explored = self.round, self._explored + 1
+        if self._checks.due(None if load.drafted else load.sure_tokens, doubtful, self.round):
             return "measuring no drafting"
         return "pays"
 
@@ -346,6 +345,7 @@ class Policy:
             self.history.fitted(self.sts.temperatures != before)
 
     def _observe_step(self, plan: Plan, cost: CostModel, timing: StepTiming) -> None:
+        self._measured(cost, timing)
         shared, most = 0.0, 2.0
         if cost.wants(timing):
             shared = cost.shared_error(timing, plan.tokens)
@@ -366,6 +366,10 @@ class Policy:
         gained = self._yield.gained(float(plan.expected.sum()), plan.accepted)
         self.ledger.spent(spent, plan.off_seconds)
         self.ledger.saved(off * (1.0 + gained / max(plan.load.sure_yield, 1.0)) - spent, plan.stake)
+
+    def _measured(self, cost: CostModel, timing: StepTiming) -> None:
+        if not timing.drafted:
+            self._checks.measured(timing.tokens, timing.target_seconds, cost.step(timing)[0], self.round)
 
     def _guarded(self, learn: Callable[..., None], *arguments: Any) -> None:
         try:

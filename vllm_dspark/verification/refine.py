@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from vllm_dspark.verification.survival import Floats
 
 _COMMON, _LOCAL, _REACH = 0.25, 0.15, 2.0  # prior: shared and local log error of a table, and how many octaves it reaches
+_FAR_SHORTER = -0.75  # log error at which a shorter step is a surprise, however little is known
 _MAX_STEP, _MAX_DROP = 0.1, 0.7  # largest change of a log correction per update, and after one far too short
 _MAX_TOTAL = 3.0  # largest log correction: a table is at most 20x off
 _NOISE = (0.01, 0.10, 0.30)  # measurement noise of one step, log units: least, first, most
@@ -83,14 +84,16 @@ class Corrector:
         direction = self.covariance @ row
         spread = float(np.sqrt(row @ direction + self.noise))
         most = _MAX_STEP
-        if abs(log_ratio) > 4.0 * spread:
+        if abs(log_ratio) > 4.0 * spread or log_ratio < _FAR_SHORTER:
             self._strikes += 1
-            if log_ratio < 0:
+            if log_ratio < 0:  # least is changed of what was known best
                 most = _MAX_DROP
+                self.covariance *= max((log_ratio**2 / 4.0 - self.noise) / max(float(row @ direction), 1e-12), 1.0)
             elif self._strikes < _STRIKES:
                 self.ignored += 1
                 return False
-            self.covariance = self.prior.copy()  # what was known no longer holds
+            else:  # what was known no longer holds
+                self.covariance = self.prior.copy()
             self.noise = _NOISE[1] ** 2
             direction = self.covariance @ row
             spread = float(np.sqrt(row @ direction + self.noise))

@@ -12,7 +12,7 @@ _LEAVING = 0.25  # share of the requests by which there may be fewer: drafting p
 SILENT = "nobody can draft"
 TRIAL = "on trial"
 _CROWDED = ("does not pay", "guarded", SILENT)  # reasons that hold whoever exactly is there
-_ONCE = ("measuring no drafting", "probing", "trying", TRIAL)
+ONCE = ("measuring no drafting", "probing", "trying", TRIAL)
 
 
 class Standing:
@@ -38,7 +38,7 @@ class Standing:
             wake: round in which something is due whatever happens.
         """
         self._until, self.silent = now, decision.reason == SILENT
-        if decision.reason in _ONCE or decision.probes.any():
+        if decision.reason in ONCE or decision.probes.any():
             return
         same = self._rows.size == decision.rows.size and bool((self._rows == decision.rows).all())
         self._agreed = self._agreed + 1 if same else 0
