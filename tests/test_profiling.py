@@ -119,9 +119,16 @@ def test_sizes_run_as_long_as_there_is_time_and_only_once(monkeypatch: pytest.Mo
         yield lambda drafts: ran.append((requests, drafts))
 
     monkeypatch.setattr(profiling.Profiler, "_decoding", decoding)
-    profiler = profiling.Profiler(runner, proposer, lambda late: late, warming=3.5)
+    profiler = profiling.Profiler(runner, proposer, lambda late: late, warming=9.5)
     profiler._warm_up()
-    assert {requests for requests, _ in ran} == {1, 2, 4}, "one look at the clock for each number of requests"
+    assert [requests for requests, _ in ran] == [1] * 7 + [2] * 2, "a look at the clock before every step"
+    assert proposer.rounds is usual
+    ran.clear()
+    profiler._warm_up()
+    assert not ran
+    profiler = profiling.Profiler(runner, proposer, lambda late: late, warming=1000.0)
+    profiler._warm_up()
+    assert {requests for requests, _ in ran} == {1, 2, 4}
     assert max(requests + sum(drafts) for requests, drafts in ran) == 24, "no step is larger than the engine's largest"
     assert proposer.rounds is usual
     ran.clear()

@@ -241,6 +241,18 @@ def test_a_step_far_too_short_is_believed_and_one_far_too_long_is_not():
     assert short.step(shape)[0] == pytest.approx(before / 6, rel=0.2)
 
 
+def test_a_surprise_leaves_no_size_less_certain_than_it_was_at_first():
+    corrector = CostModel(TABLE, 512, 64).target
+    row, far = corrector.weights(32), corrector.weights(512)
+    for _ in range(300):
+        corrector.update(row, 0.0)
+    known = corrector.variance(row)
+    first = far @ corrector.prior @ far
+    assert corrector.update(row, -1.5)
+    assert corrector.mean @ row < -0.4, "believed"
+    assert known < corrector.variance(row) < corrector.variance(far) <= first
+
+
 def test_an_early_error_is_shared_and_a_late_one_is_not():
     table = CostTable((1, 64), (0.010, 0.020), (1, 64), (0.002, 0.003))
     model = CostModel(table, 64, 64)

@@ -37,7 +37,6 @@ logger = logging.getLogger("vllm.dspark")
 SHORT, LONG = 64, 4096  # tokens of context profiled
 STEPS = 3  # timed steps of every shape in a pass, after one that is not
 PASSES = 2
-SIZES = 8  # at most in a power of two, see ``next_size``
 WARMING = 0.25  # most of the time that may go into running sizes for the first time
 FASTER = 0.6  # of the time in a table: the table was measured while the machine was busy
 UPKEEP_TOKENS = 256  # context tokens written at once to time that
@@ -149,7 +148,7 @@ def _user_cache() -> Path:
 def first_sizes(requests: int, width: int) -> list[tuple[int, int]]:
     """(tokens of a step, requests that draft in it): the sizes from half of what these requests verify at most; all, of one.
 
-    Over 1, 2, 4, … requests that makes every size there is, and nearly every number of drafting requests.
+    Over 1, 2, 4, … requests that makes every size there is, and every number of drafting requests up to 16.
     """
     most = requests * (1 + width)
     sizes = np.unique(next_size(np.arange(most // 2 + 1 if requests > 1 else 2, most + 1)))
@@ -165,10 +164,10 @@ def spread(drafts: int, requests: int) -> list[int]:
 
 
 class Script:
-    """Takes the policy's place while profiling: the first ``rows`` draft, and the times are noted."""
+    """Takes the policy's place while profiling: the first ``rows`` draft ``drafts`` tokens each, and the times are noted."""
 
     def __init__(self) -> None:
-        self.rows = 0
+        self.rows = self.drafts = 0
         self.began = 0.0
         self.draft_seconds = 0.0
 
@@ -185,7 +184,7 @@ class Script:
         return np.arange(self.rows) if self.rows else NOBODY
 
     def lengths(self, confidences: NDArray[np.floating] | None) -> Rows:
-        return np.zeros(self.rows, dtype=np.int64)  # what the next step verifies is made up
+        return np.full(self.rows, self.drafts, dtype=np.int64)
 
     def end(self, now: float, seconds: float) -> None:
         self.draft_seconds = seconds
@@ -221,17 +220,21 @@ class Profiler:
         return any(sample.target_seconds + sample.draft_seconds < FASTER * sum(model.step(sample)) for sample in self.samples)
 
     def _warm_up(self) -> None:
-        """Run every size of step for the first time, few requests before many, as far as the time for it goes; once."""
-        deadline, self.warming = time.perf_counter() + self.warming, 0.0
+        """Run every size of step for the first time, few requests before many, as far as the time for it goes."""
+        deadline = time.perf_counter() + self.warming
+        self.warming = 0.0  # a second call has nothing left to do
         if self.proposer.device.type != "cpu":
             return
         with self._scripted() as script:
+            script.drafts = self.width
             for requests in self._powers():
-                if self.agree(time.perf_counter() > deadline):
-                    break
-                with self._decoding(requests, SHORT) as step:
-                    for tokens, script.rows in first_sizes(requests, self.width):
-                        if tokens <= self.runner.max_num_tokens:
+                sizes = [size for size in first_sizes(requests, self.width) if size[0] <= self.runner.max_num_tokens]
+                for first in range(0, len(sizes), 1 + STEPS):  # there is room for no more steps of the same requests
+                    with self._decoding(requests, SHORT) as step:
+                        for tokens, drafting in sizes[first : first + 1 + STEPS]:
+                            if self.agree(time.perf_counter() > deadline):
+                                return
+                            script.rows = drafting
                             step(spread(tokens - requests, requests))
 
     def _measure(self, shapes: Iterable[tuple[int, int, int]], deadline: float = math.inf) -> None:
@@ -268,7 +271,7 @@ class Profiler:
 
     def _room(self) -> int:
         """Tokens a profiled request may grow by, and those its last block forward looks at."""
-        return (max(SIZES, self.width, 1 + STEPS) + 2) * (self.width + 1) + self.proposer.queries
+        return (STEPS + 3) * (self.width + 1) + self.proposer.queries
 
     def _needs(self, context: int) -> int:
         return sum(-(-(context + self._room()) // size) for size in self.groups)
@@ -277,7 +280,7 @@ class Profiler:
         return context + self._room() <= self.runner.max_model_len and requests * self._needs(context) <= self.blocks
 
     def _shape(self, script: Script, requests: int, drafts: int, context: int) -> None:
-        script.rows = requests if drafts else 0
+        script.rows, script.drafts = requests if drafts else 0, drafts
         with self._decoding(requests, context) as step:
             for number in range(1 + STEPS):
                 began = time.perf_counter()

@@ -24,7 +24,7 @@ from vllm_dspark.verification.standing import ONCE
 logger = logging.getLogger("vllm.dspark")
 
 EAGER, EVERY = 64, 8  # all of the first rounds at a load are timed, then one of so many
-OTHER_LOAD = 1.3  # times as many requests, or as few
+OTHER_LOAD = 0.3  # share of the requests by which there are more or fewer, where it is another load
 FIRST = 1000.0  # logit of what comes before everything else
 SHARED = 64  # rounds between two exchanges of times, where there are several ranks
 
@@ -87,7 +87,8 @@ class Rounds:
         self._landed: list[Landed] = []  # the last four, newest first
         self._times: list[StepTiming] = []
         self._round = 0
-        self._load, self._eager = 0, 0  # requests when all rounds began to be timed, and until when they are
+        self._load = 0  # requests when all rounds began to be timed
+        self._eager = 0  # all rounds before this one are timed
         self.allotment = Allotment(counts([]), 0, counts([]))
 
     def announce(self, request: str, extra_args: Any) -> None:
@@ -174,7 +175,7 @@ class Rounds:
 
     def _times_this(self, requests: int) -> bool:
         """Whether this round is timed; a time takes two rounds in a row."""
-        if max(requests, self._load) > OTHER_LOAD * min(requests, self._load):
+        if abs(requests - self._load) > max(OTHER_LOAD * self._load, 2) or not self._load:
             self._load, self._eager = requests, self._round + EAGER
         elif self._flight.reason in ONCE:  # decided in order to learn from it
             self._eager = max(self._eager, self._round + 2)

@@ -68,7 +68,7 @@ class Flight:
     off_seconds: float
     draft_seconds: float
     probe_seconds: float
-    stake: float
+    stake: float | None
     time_limit: float
     sure_yield: float
     seconds: float = 0.0
@@ -118,12 +118,13 @@ class AsynchronousPolicy(Policy):
         if plan is None:
             raise RuntimeError("begin_round comes first")
         rows = plan.decision.rows
+        wasted = 0.0 if plan.load.drafted else plan.draft_seconds  # if none of it can be verified
         return Flight(
             [plan.requests[row] for row in rows.tolist()], rows, plan.slots[rows],
             self.requests.tenancies[plan.slots[rows]], plan.caps[rows], plan.adaptive,
             plan.decision.probes, plan.contexts[rows], self.round, plan.decision.reason, plan.off_seconds,
             plan.draft_seconds, plan.probe_seconds, plan.stake, plan.time_limit, plan.load.sure_yield,
-            seconds=plan.off_seconds,
+            seconds=plan.off_seconds + wasted,
         )  # fmt: skip
 
     def drew(self, flight: Flight, confidences: NDArray[np.floating] | None) -> None:
@@ -238,4 +239,4 @@ class AsynchronousPolicy(Policy):
 def nobody(number: int, reason: str) -> Flight:
     """A flight without drafts."""
     none = np.zeros(0, dtype=bool)
-    return Flight([], NOBODY, NOBODY, NOBODY, NOBODY, none, none, np.zeros(0), number, reason, 0.0, 0.0, 0.0, 0.0, np.inf, 0.0)
+    return Flight([], NOBODY, NOBODY, NOBODY, NOBODY, none, none, np.zeros(0), number, reason, 0.0, 0.0, 0.0, None, np.inf, 0.0)

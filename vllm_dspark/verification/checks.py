@@ -3,9 +3,10 @@
 import math
 
 _BETWEEN = 8  # rounds between two, where it is known what a step of this size takes without drafts
-_UNKNOWN = 3  # and where it is not
-_LAPSE = 1000  # rounds for which it is known once it was measured
-_AS_EXPECTED = 0.87  # of the time expected: if a step was shorter than that, it is to be measured again
+_SOON = 3  # rounds until the first at a new size, and between two where steps turn out shorter than expected
+_AGAIN = 64  # rounds until the next if nothing could be measured
+_LAPSE = 1000  # rounds for which what was measured holds
+_AS_EXPECTED = 0.87  # of the time expected: a shorter step has to be measured again
 
 
 class Checks:
@@ -13,25 +14,26 @@ class Checks:
 
     def __init__(self) -> None:
         self._last, self._done = -_BETWEEN, 0
-        self._known: dict[int, int] = {}  # by size: until which round
+        self._next: dict[int, int] = {}  # by size: the round in which a step without drafts is to be measured
 
     def due(self, tokens: int | None, doubtful: bool, now: int) -> bool:
         """Whether round ``now``, in which drafting seems to pay, is to go without; if so it counts as done.
 
         Args:
-            tokens: of the step without drafts; None: it has drafts in any case. doubtful: little speaks for drafting.
+            tokens: of the step without drafts; None: it has some in any case. doubtful: little speaks for drafting.
         """
-        known = tokens is None or self._known.setdefault(_size(tokens), now + _UNKNOWN) > now
-        wait = min(_BETWEEN, 2 + self._done) if known else _UNKNOWN
-        if (known and not doubtful) or now - self._last < wait:
+        unknown = tokens is not None and self._next.setdefault(_size(tokens), now + _SOON) <= now
+        wait = _SOON if unknown else min(_BETWEEN, 2 + self._done)
+        if not (unknown or doubtful) or now - self._last < wait:
             return False
         self._last, self._done = now, self._done + 1
+        if tokens is not None:
+            self._next[_size(tokens)] = max(self._next[_size(tokens)], now + _AGAIN)
         return True
 
     def measured(self, tokens: int, seconds: float, expected: float, now: int) -> None:
-        """A step without drafts took this long."""
-        if seconds > _AS_EXPECTED * expected:
-            self._known[_size(tokens)] = now + _LAPSE
+        """A step without drafts took so many ``seconds``, where so many were ``expected``; ``now``: the round."""
+        self._next[_size(tokens)] = now + (_LAPSE if seconds > _AS_EXPECTED * expected else _SOON)
 
 
 def _size(tokens: int) -> int:

@@ -52,15 +52,17 @@ class Ledger:
         self.credit = min(self.credit + earned, _SAVED * self.typical_round)
         self.saved(self.loss_share * seconds)
 
-    def saved(self, seconds: float, stake: float = 0.0) -> None:
+    def saved(self, seconds: float, stake: float | None = None) -> None:
         """A speculating round saved this much (negative: lost).
 
         Args:
-            stake: what it was charged for beforehand, as a trial: if it won it gets that back, if it lost it pays the rest.
+            stake: what it was charged for beforehand, like a probe, if it was on trial. If it won it gets that back, if it
+                lost it pays no less than that.
         """
-        if stake:
+        if stake is not None:
             self.probed(-stake if seconds >= 0 else max(-seconds - stake, 0.0))
-        self.balance = min(self.balance + max(seconds, 0.0 if stake else seconds), _LARGEST * self.typical_round)
+            seconds = max(seconds, 0.0)
+        self.balance = min(self.balance + seconds, _LARGEST * self.typical_round)
 
     def probed(self, seconds: float) -> None:
         """A probe takes this much longer than no probe."""

@@ -38,7 +38,7 @@ class Plan:
     Attributes:
         requests: ids. slots, kinds, caps, contexts: per request, ``(R,)``. tokens: sure tokens of the target step.
         decision, load: see there. off_seconds: the round if no adaptive request drafts. draft_seconds: predicted for the
-            decision's rows. probe_seconds: what its probes add. stake: what a round on trial was charged for beforehand.
+            decision's rows. probe_seconds: what its probes add. stake: what it was charged for beforehand, if it is on trial.
             time_limit: longest round the speed objective allows.
         adaptive: which rows of the decision are, ``(n,)``. floor: see :func:`scheduler.synchronous`.
         lengths, conditional, raw, good: per row of the decision, once drafted. expected: drafts of it expected to be
@@ -58,7 +58,7 @@ class Plan:
     off_seconds: float = 0.0
     draft_seconds: float = 0.0
     probe_seconds: float = 0.0
-    stake: float = 0.0
+    stake: float | None = None
     time_limit: float = float("inf")
     adaptive: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
     floor: tuple[float, int] = NO_FLOOR

@@ -34,9 +34,9 @@ from vllm_dspark.verification.survival import Floats, Survival, leading, logit, 
 logger = logging.getLogger("vllm.dspark")
 
 _ADAPTIVE, _FIXED = KINDS.index("adaptive"), KINDS.index("fixed")
-_TRIAL = 32  # requests that draft together until so many have
+_UNTRIED = 32  # requests that draft together until so many have
 MANY = 16  # requests from which their last survivals together stand for this round's
-_TRY = 4  # rounds between two that draft though it may not pay, to learn step times
+_TRY = 4  # rounds between two that draft though it may not pay (trying, on trial)
 _STALL = 1.25  # longest that a stalled step counts against drafting, times what was expected
 _SHARED = 0.7  # largest error (log) of the expected time that is put down to the machine being slower or faster today
 NOBODY: Rows = np.zeros(0, dtype=np.int64)
@@ -171,7 +171,7 @@ class Policy:
             return
         plan.load = choice.load_of(plan, forced, self._fixed(plan.caps[forced]), self.history.mean[plan.slots[forced]])
         found, rows = self._compare(self.cost, plan, rows)
-        reason = self._judge(found, plan.load)
+        reason = self._judge(found, plan)
         if reason == "pays":
             self._price = found.threshold
         elif reason == "trying":
@@ -180,7 +180,7 @@ class Policy:
         elif reason == TRIAL:
             self._tried, plan.stake = self.round, found.stake
             self.ledger.probed(plan.stake)
-        most = found.count if self.history.drafted >= _TRIAL else min(found.count, _TRIAL)
+        most = found.count if self.history.drafted >= _UNTRIED else min(found.count, _UNTRIED)
         on = rows[:most] if reason in ("pays", "trying", TRIAL) else NOBODY
         self.probing.decided(plan.slots[rows], plan.slots[on], self.round)
         probes = NOBODY if reason == "measuring no drafting" else self._probes(self.cost, plan, rows[on.size :], on.size)
@@ -203,15 +203,15 @@ class Policy:
         self.ledger.begin(found.off_seconds)
         return found, rows
 
-    def _judge(self, found: Choice, load: Load) -> str:
+    def _judge(self, found: Choice, plan: Plan) -> str:
+        due = self.round >= self._tried + _TRY
         if found.count == 0 or found.gain <= found.margin(self.options.margin, self._yield.doubt):
-            due = self.round >= self._tried + _TRY
             return "trying" if due and self.ledger.may_probe(found.risk) else "does not pay"
         if not self.ledger.may_speculate():
-            due = self.round >= self._tried + _TRY
             return TRIAL if due and self.ledger.may_try(found.stake) else "guarded"
         doubtful = found.unsure and found.gain < 2.0 * found.deviation
-        if self._checks.due(None if load.drafted else load.sure_tokens, doubtful, self.round):
+        only_decodes = plan.tokens == plan.slots.size  # else its time would not be learned from
+        if only_decodes and self._checks.due(None if plan.load.drafted else plan.tokens, doubtful, self.round):
             return "measuring no drafting"
         return "pays"
 
@@ -345,9 +345,9 @@ class Policy:
             self.history.fitted(self.sts.temperatures != before)
 
     def _observe_step(self, plan: Plan, cost: CostModel, timing: StepTiming) -> None:
-        self._measured(cost, timing)
         shared, most = 0.0, 2.0
         if cost.wants(timing):
+            self._measured(cost, timing)
             shared = cost.shared_error(timing, plan.tokens)
             if not cost.observe(timing):
                 self.counters["steps ignored as outliers"] += 1
@@ -368,7 +368,7 @@ class Policy:
         self.ledger.saved(off * (1.0 + gained / max(plan.load.sure_yield, 1.0)) - spent, plan.stake)
 
     def _measured(self, cost: CostModel, timing: StepTiming) -> None:
-        if not timing.drafted:
+        if timing.tokens == timing.requests:
             self._checks.measured(timing.tokens, timing.target_seconds, cost.step(timing)[0], self.round)
 
     def _guarded(self, learn: Callable[..., None], *arguments: Any) -> None:

@@ -75,8 +75,9 @@ class Corrector:
     def update(self, row: Floats, log_ratio: float) -> bool:
         """Learn from log(measured / corrected prediction) of one step; False if it was ignored as an outlier.
 
-        Beyond 4 standard deviations a longer step is taken for a stall or a compilation, unless many follow; a shorter one is
-        believed, as nothing shortens a step by accident. Beyond 2 its pull no longer grows (Huber).
+        Beyond 4 standard deviations a longer step is taken for a stall or a compilation, unless many follow; a shorter one, or
+        one shorter by half in any case, is believed, as nothing shortens a step by accident. Beyond 2 its pull no longer grows
+        (Huber).
         """
         if not np.isfinite(log_ratio):
             self.ignored += 1
@@ -86,9 +87,9 @@ class Corrector:
         most = _MAX_STEP
         if abs(log_ratio) > 4.0 * spread or log_ratio < _FAR_SHORTER:
             self._strikes += 1
-            if log_ratio < 0:  # least is changed of what was known best
+            if log_ratio < 0:
                 most = _MAX_DROP
-                self.covariance *= max((log_ratio**2 / 4.0 - self.noise) / max(float(row @ direction), 1e-12), 1.0)
+                self._doubt((log_ratio**2 / 4.0 - self.noise) / max(float(row @ direction), 1e-12))
             elif self._strikes < _STRIKES:
                 self.ignored += 1
                 return False
@@ -111,6 +112,11 @@ class Corrector:
         self.covariance += self.forgetting * (self.prior - self.covariance)
         self._learn_noise(log_ratio, spread)
         return True
+
+    def _doubt(self, times: float) -> None:
+        """Make all variances so many times as large, the prior's at most: what was known best still changes least."""
+        scale = np.sqrt(np.clip(self.prior.diagonal() / self.covariance.diagonal(), 1.0, max(times, 1.0)))
+        self.covariance *= np.outer(scale, scale)
 
     def _learn_noise(self, log_ratio: float, spread: float) -> None:
         self.updates += 1
