@@ -626,3 +626,26 @@ def test_what_a_trial_loses_is_paid_like_a_probe(monkeypatch):
     assert trials > 2
     assert 0.0049 * trials <= ledger.probing - paid <= credit + 0.015 + ledger.probe_share * 400 * 0.011
     assert balance <= ledger.balance < balance + 1.1 * ledger.loss_share * 400 * 0.011
+
+
+@pytest.mark.parametrize("prompts", [0, 50])
+def test_no_round_goes_without_drafts_to_be_measured_in_a_step_with_prompts(prompts):
+    """Its time is not learned from."""
+    policy, reasons = make(), []
+    for _ in range(40):
+        decision = policy.begin_round(RoundInput(("a", "b"), np.full(2, 100), other_tokens=prompts))
+        if decision.drafting:
+            lengths = policy.lengths(np.full((decision.rows.size, 4), 0.95))
+            policy.observe(Outcomes([("a", "b")[row] for row in decision.rows], lengths, lengths))
+        reasons.append(decision.reason)
+    assert "pays" in reasons
+    assert ("measuring no drafting" in reasons) is (prompts == 0)
+
+
+def test_a_trial_with_nothing_at_stake_is_paid_like_a_probe():
+    ledger = make().ledger
+    ledger.begin(0.010)
+    ledger.saved(-0.002, 0.0)
+    assert (ledger.balance, ledger.probing) == (0.0, 0.002)
+    ledger.saved(-0.002)
+    assert (ledger.balance, ledger.probing) == (-0.002, 0.002)

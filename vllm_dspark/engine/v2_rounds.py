@@ -24,7 +24,7 @@ from vllm_dspark.verification.standing import ONCE
 logger = logging.getLogger("vllm.dspark")
 
 EAGER, EVERY = 64, 8  # all of the first rounds at a load are timed, then one of so many
-OTHER_LOAD = 0.3  # share of the requests by which there are more or fewer, where it is another load
+OTHER_LOAD = 0.3  # it is another load with more than this share of the requests, and more than two, more or fewer
 FIRST = 1000.0  # logit of what comes before everything else
 SHARED = 64  # rounds between two exchanges of times, where there are several ranks
 
