@@ -141,13 +141,14 @@ class DSparkProposer(DFlashProposer):
         self._last_draft_probs = None
         tokens = target_positions.shape[0]
         self.context.add(target_hidden_states, target_positions, metadata.slot_mapping[:tokens])
+        late = time.perf_counter() - began  # now and then the context of many steps is written there
         starts = self._context_lengths(metadata)
         rows = self.rounds.begin(began, self._sampled, starts, num_speculative_tokens, tokens)
         if rows.size == 0:
             self.rounds.end(time.perf_counter(), 0.0)
             return []
         drafts: list[list[int]] = [[] for _ in range(metadata.num_reqs)]
-        late = self._catch_up(sum(map(len, self._sampled)))
+        late += self._catch_up(sum(map(len, self._sampled)))
         anchors = torch.tensor([self._sampled[row][-1] for row in rows.tolist()], dtype=torch.int32, device=self.device)
         block = self._draft(rows, starts[rows], anchors, metadata, sampling_metadata)
         if block is not None:
