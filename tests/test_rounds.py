@@ -127,6 +127,30 @@ def test_a_policy_at_rest_is_told_who_comes_and_goes():
     assert policy.told("add")[-1] == ("c", None, "off")
 
 
+def test_of_rounds_at_rest_some_are_timed():
+    rounds, policy = make(a=request(outputs=4), b=request(outputs=2))
+    policy.rest = lambda names: True  # type: ignore[attr-defined]
+    for number in range(40):
+        assert rounds.rests()
+        rounds.end(0.5 * number, 0.0)
+    first, second = policy.told("timed")
+    assert first == second
+    assert (first.tokens, first.requests, first.context, first.target_seconds, first.drafted) == (2, 2, 26.0, 0.5, 0)
+
+
+@pytest.mark.parametrize("event", ["comes", "prompt", "first token"])
+def test_a_round_at_rest_with_a_prompt_in_it_is_not_timed(event):
+    rounds, policy = make(a=request(outputs=4), b=request(outputs={"prompt": 0, "first token": 1}.get(event, 2)))
+    policy.rest = lambda names: True  # type: ignore[attr-defined]
+    for number in range(16):
+        if number == 15 and event == "comes":
+            rounds.runner.requests["c"] = request(outputs=5)
+            rounds.runner.input_batch.req_ids = ["a", "b", "c"]
+        rounds.rests()
+        rounds.end(0.5 * number, 0.0)
+    assert policy.told("timed") == []
+
+
 def test_outcomes_and_times_are_those_of_the_round_before():
     rounds, policy = make(a=request(), b=request(), c=request())
     sampled, contexts = [[5]] * 3, np.array([20, 30, 40])

@@ -20,6 +20,7 @@ from vllm_dspark.verification.records import Outcomes, RoundInput, Rows
 logger = logging.getLogger("vllm.dspark")
 
 NOBODY: Rows = np.zeros(0, dtype=np.int64)
+_SAMPLE = 16  # of so many rounds in a row in which nobody drafts, one is timed
 
 
 class Decider(Protocol):
@@ -57,12 +58,14 @@ class Rounds:
         self._draft_context = 0.0
         self._draft_seconds = 0.0
         self._ended: float | None = None
+        self._rested = 0  # rounds since one was begun
         self._verified: Sequence[int] | None = None
         self._tokens = 0
 
     def rests(self) -> bool:
         self._meet(list(self.runner.input_batch.req_ids))
-        if not self.policy.rest(self._batch):
+        self._rested = self._rested + 1 if self.policy.rest(self._batch) else 0
+        if not self._rested:
             return False
         self._drafted = 0
         return True
@@ -107,7 +110,17 @@ class Rounds:
         return self.policy.lengths(confidences)
 
     def end(self, now: float, seconds: float) -> None:
+        if self._rested and self._rested % _SAMPLE == 0:
+            self._learn_rest(now)
         self._ended, self._draft_seconds, self._before = now, seconds, self._batch
+
+    def _learn_rest(self, now: float) -> None:
+        """Time of a round in which nobody drafts, so that what slows down the machine is not put down to drafting."""
+        served = self._served.values()
+        if self._ended is None or self._before is not self._batch or not all(len(each.outputs) > 1 for each in served):
+            return  # somebody came, or a prompt was in the step
+        context = sum(each.prompt + len(each.outputs) for each in served)
+        self.policy.timed(StepTiming(len(served), len(served), float(context), now - self._ended))
 
     def _learn(
         self, now: float, names: list[str], sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], total: float

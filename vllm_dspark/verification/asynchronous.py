@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_dspark.verification import history, scheduler
-from vllm_dspark.verification.cost import CostModel, StepTiming
+from vllm_dspark.verification.cost import CostModel
 from vllm_dspark.verification.policy import MANY, NOBODY, Policy
 from vllm_dspark.verification.probing import PROBE_DRAFTS
 from vllm_dspark.verification.records import DraftDecision, RoundInput, Rows
@@ -221,16 +221,6 @@ class AsynchronousPolicy(Policy):
         self.history.judged(flight.slots[keep], flight.conditional[keep], verified[keep], accepted[keep])
         if flight.raw is not None:
             self._calibrate(flight.raw[keep], verified[keep], accepted[keep])
-
-    def timed(self, timing: StepTiming) -> None:
-        """Learn from a measured round (rank 0's, on every rank); how much of the flights had landed does not matter."""
-        if self.cost is not None and not self.failure:
-            self._guarded(self._timed, self.cost, timing)
-
-    def _timed(self, cost: CostModel, timing: StepTiming) -> None:
-        self._measured(cost, timing)
-        if not cost.observe(timing):
-            self.counters["steps ignored as outliers"] += 1
 
     def explain(self) -> dict[str, Any]:
         return super().explain() | {"fleet_survival": self.history.fleet_mean.tolist()}

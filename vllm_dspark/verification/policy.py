@@ -320,6 +320,17 @@ class Policy:
         if self._plan is not None and self.cost is not None and not self.failure:
             self._guarded(self._observe_step, self._plan, self.cost, timing)
 
+    def timed(self, timing: StepTiming) -> None:
+        """Learn from the time of a round (rank 0's, on every rank) apart from what was planned for it."""
+        if self.cost is not None and not self.failure:
+            self._guarded(self._timed, self.cost, timing)
+
+    def _timed(self, cost: CostModel, timing: StepTiming) -> bool:
+        self._measured(cost, timing)
+        used = cost.observe(timing)
+        self.counters["steps ignored as outliers"] += not used
+        return used
+
     def _observe(self, plan: Plan, outcomes: Outcomes) -> None:
         places = plan.places(outcomes.requests)
         known = places >= 0
@@ -347,10 +358,8 @@ class Policy:
     def _observe_step(self, plan: Plan, cost: CostModel, timing: StepTiming) -> None:
         shared, most = 0.0, 2.0
         if cost.wants(timing):
-            self._measured(cost, timing)
             shared = cost.shared_error(timing, plan.tokens)
-            if not cost.observe(timing):
-                self.counters["steps ignored as outliers"] += 1
+            if not self._timed(cost, timing):
                 most = _STALL
         if not plan.off_seconds:
             return
@@ -371,7 +380,7 @@ class Policy:
         if timing.tokens == timing.requests:
             self._checks.measured(timing.tokens, timing.target_seconds, cost.step(timing)[0], self.round)
 
-    def _guarded(self, learn: Callable[..., None], *arguments: Any) -> None:
+    def _guarded(self, learn: Callable[..., object], *arguments: Any) -> None:
         try:
             learn(*arguments)
         except Exception as error:  # learning must never stop the engine
