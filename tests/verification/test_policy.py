@@ -569,6 +569,17 @@ def test_how_much_of_a_crowd_may_change(leave, come, stands):
     assert policy.rest(now) is stands
 
 
+def test_a_decision_that_everybody_drafts_stands_again_after_one_left():
+    """Else requests that come and go would keep it from ever standing for long."""
+    policy = make()
+    play(policy, 60, 0.95, names=("a", "b", "c"))
+    play(policy, 1, 0.95, names=("a", "b"))
+    decided = policy._plan
+    play(policy, 5, 0.95, names=("a", "b"))
+    assert policy._plan is decided
+    assert policy.explain()["rows"] == 2
+
+
 def test_trying_is_rare_and_paid_for_as_probing(monkeypatch):
     """A small loss is expected, but step times are known so badly that it may be a gain."""
     found = Choice(2, 0.0, off=100.0, best=99.0, deviation=0.05, off_seconds=0.010)

@@ -137,7 +137,8 @@ class Policy:
             plan.kinds = np.where(plan.kinds == _ADAPTIVE, self._kind(None), plan.kinds)
             self._draft(plan, (plan.kinds == _FIXED).nonzero()[0], NOBODY, "policy failed")
         idle = plan.decision.reason in ("does not pay", "guarded") and not plan.decision.drafting
-        self._standing.decided(inputs, plan.decision, self.round, self.probing.wake(plan.slots, self.round, alone=idle))
+        wake = self.probing.wake(plan.slots, self.round, alone=idle)
+        self._standing.decided(inputs, plan.decision, self.round, wake, int(np.count_nonzero(plan.caps > 0)))
         return plan
 
     def _prepare(self, inputs: RoundInput) -> Plan:

@@ -24,6 +24,7 @@ class Standing:
         self._other_tokens = 0
         self._rows: Rows = np.zeros(0, dtype=np.int64)
         self._agreed = self._until = 0
+        self._everybody = False
         self._known: frozenset[str] | None = None
         self.silent = False  # whether nobody could draft
 
@@ -31,16 +32,17 @@ class Standing:
         """Decide anew in the next round."""
         self._until = 0
 
-    def decided(self, inputs: RoundInput, decision: DraftDecision, now: int, wake: int) -> None:
+    def decided(self, inputs: RoundInput, decision: DraftDecision, now: int, wake: int, able: int) -> None:
         """A decision was made in round ``now``.
 
         Args:
-            wake: round in which something is due whatever happens.
+            wake: round in which something is due whatever happens. able: requests that could draft.
         """
         self._until, self.silent = now, decision.reason == SILENT
         if decision.reason in ONCE or decision.probes.any():
             return
-        same = self._rows.size == decision.rows.size and bool((self._rows == decision.rows).all())
+        before, self._everybody = self._everybody, 0 < decision.rows.size == able
+        same = (before and self._everybody) or np.array_equal(self._rows, decision.rows)
         self._agreed = self._agreed + 1 if same else 0
         self._rows = decision.rows
         span = min(self._agreed, _DRAFTING) if decision.drafting else min(2 * self._agreed, _IDLE)
