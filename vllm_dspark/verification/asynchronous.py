@@ -103,6 +103,8 @@ class Allotment:
 class AsynchronousPolicy(Policy):
     """See the module's docstring for the order of calls."""
 
+    _ranked = True  # whether flights' own survivals ranked their drafts last time
+
     def begin_round(self, inputs: RoundInput) -> DraftDecision:
         if not isinstance(self.cost, BatchCostModel):
             return super().begin_round(inputs)
@@ -111,6 +113,14 @@ class AsynchronousPolicy(Policy):
             return super().begin_round(inputs)
         finally:
             self.cost.batch = (0, 0.0)
+
+    def _expected(self, slots: Rows, caps: Rows, contexts: Floats) -> tuple[Floats, Floats]:
+        """N and G; where lengths come from averages of past rounds, a round's own survivals cannot be chosen from."""
+        number, gain = super()._expected(slots, caps, contexts)
+        if self._ranked and slots.size >= MANY:
+            return number, gain
+        mean = np.where(np.arange(self.width) < caps[:, None], self.history.mean[slots], 0.0)
+        return history.yields(np.minimum(mean * (gain[:, :1] / np.maximum(mean.sum(axis=1, keepdims=True), 1e-9)), 1.0))
 
     def depart(self) -> Flight:
         """The round that was begun last."""
@@ -158,6 +168,7 @@ class AsynchronousPolicy(Policy):
             limits: drafts the step has room for, ``(n,)``; 0 where a request is gone. ranked_later: the flight's own survivals
                 will say which drafts the budget goes to. whole: verify everything or nothing.
         """
+        self._ranked = ranked_later
         caps = np.minimum(np.where(flight.adaptive, flight.caps, self._fixed(flight.caps)), limits)
         lengths = np.where(flight.adaptive, 0, caps)
         adaptive = (flight.adaptive & (caps > 0)).nonzero()[0]

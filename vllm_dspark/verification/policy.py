@@ -192,7 +192,7 @@ class Policy:
     def _compare(self, cost: CostModel, plan: Plan, rows: Rows) -> tuple[Choice, Rows]:
         """The best subset of these rows, and the rows in the order in which they join it."""
         contexts = plan.contexts[rows]
-        number, gain = self.history.expected(plan.slots[rows], self.round, plan.caps[rows], contexts)
+        number, gain = self._expected(plan.slots[rows], plan.caps[rows], contexts)
         if rows.size > 1:
             dear = cost.table.draft_per_context * plan.tokens / max(self.ledger.typical_round, 1e-9)
             best_first = choice.order(number, gain, contexts, self._price, min(dear, 1.0))
@@ -207,6 +207,9 @@ class Policy:
     def _judge(self, found: Choice, plan: Plan) -> str:
         due = self.round >= self._tried + _TRY
         if found.count == 0 or found.gain <= found.margin(self.options.margin, self._yield.doubt):
+    def _expected(self, slots: Rows, caps: Rows, contexts: Floats) -> tuple[Floats, Floats]:
+        return self.history.expected(slots, self.round, caps, contexts)
+
             return "trying" if due and self.ledger.may_probe(found.risk) else "does not pay"
         if not self.ledger.may_speculate():
             return TRIAL if due and self.ledger.may_try(found.stake) else "guarded"
