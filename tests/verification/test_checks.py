@@ -1,6 +1,6 @@
-"""When a round goes without drafts only to be measured."""
+"""When a round goes without drafts, or with drafts, only to be measured."""
 
-from vllm_dspark.verification.checks import Checks
+from vllm_dspark.verification.checks import Checks, Trials
 
 
 def test_a_size_that_nothing_can_be_measured_of_is_asked_for_rarely():
@@ -37,3 +37,25 @@ def test_doubt_alone_asks_even_where_some_draft_in_any_case():
     checks = Checks()
     assert not any(checks.due(None, doubtful=False, now=now) for now in range(100))
     assert sum(checks.due(None, doubtful=True, now=now) for now in range(100, 200)) in range(10, 20)
+
+
+def test_trials_become_rare_however_little_they_teach():
+    trials = Trials()
+    tried = []
+    for now in range(1500):
+        if trials.due(8, 0.05, now):
+            tried.append(now)
+            trials.tried(8, 0.05, now)
+    assert tried == [0, 4, 12, 28, 60, 124, 252, 508, 1020]
+    assert trials.due(64, 0.05, 1500), "another size"
+
+
+def test_a_size_is_tried_again_as_soon_as_much_less_is_known_of_it():
+    trials = Trials()
+    for now in (0, 4, 12, 28):
+        trials.tried(8, 0.05, now)
+    assert not trials.due(8, 0.07, 29)
+    assert trials.due(8, 0.08, 29)
+    trials.tried(8, 0.08, 29)
+    assert not trials.due(8, 0.08, 32)
+    assert trials.due(8, 0.08, 33), "from the beginning"

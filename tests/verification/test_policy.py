@@ -569,6 +569,22 @@ def test_how_much_of_a_crowd_may_change(leave, come, stands):
     assert policy.rest(now) is stands
 
 
+def test_drafting_must_promise_more_to_begin_again_than_to_go_on(monkeypatch):
+    """With a margin of 4 %: 4.5 % is enough to go on, but not to begin."""
+    promise = [0.0]
+
+    def choose(*_):
+        return Choice(2, 0.0, off=100.0, best=100.0 * np.exp(promise[0]), deviation=0.1, off_seconds=0.010, seconds=0.015)
+
+    monkeypatch.setattr("vllm_dspark.verification.choice.choose", choose)
+    policy, reasons = make(), []
+    policy.ledger.credit = -1.0  # nothing is tried
+    for promise[0] in (0.045, 0.0, 0.045, 0.055, 0.045):
+        policy._standing.drop()
+        reasons.append(policy.begin_round(RoundInput(("a", "b"), np.full(2, 100), other_tokens=5)).reason)
+    assert reasons == ["pays", "does not pay", "does not pay", "pays", "pays"]
+
+
 def test_a_decision_that_everybody_drafts_stands_again_after_one_left():
     """Else requests that come and go would keep it from ever standing for long."""
     policy = make()

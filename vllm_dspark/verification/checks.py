@@ -1,4 +1,4 @@
-"""When a round goes without drafts only to learn what that takes: while everything drafts, nothing else would show it."""
+"""When a round is run only to learn what it takes: without drafts while drafting pays, with drafts while it does not."""
 
 import math
 
@@ -7,6 +7,8 @@ _SOON = 3  # rounds until the first at a new size, and between two where steps t
 _AGAIN = 64  # rounds until the next if nothing could be measured
 _LAPSE = 1000  # rounds for which what was measured holds
 _AS_EXPECTED = 0.87  # of the time expected: a shorter step has to be measured again
+_TRIAL, _LONGEST = 4, 512  # rounds until the next trial: after the first, and at most
+_NEWS = 1.5  # times what was known when it was tried last: so much less is known that it is worth another trial
 
 
 class Checks:
@@ -34,6 +36,31 @@ class Checks:
     def measured(self, tokens: int, seconds: float, expected: float, now: int) -> None:
         """A step without drafts took so many ``seconds``, where so many were ``expected``; ``now``: the round."""
         self._next[_size(tokens)] = now + (_LAPSE if seconds > _AS_EXPECTED * expected else _SOON)
+
+
+class Trials:
+    """Rounds that draft though it may not pay, ever more rarely: noise alone can keep step times from becoming known well."""
+
+    def __init__(self) -> None:
+        self._next: dict[int, int] = {}  # by size: the round from which it may be tried again
+        self._interval: dict[int, int] = {}
+        self._deviation: dict[int, float] = {}
+
+    def due(self, tokens: int, deviation: float, now: int) -> bool:
+        """Whether round ``now`` may be one.
+
+        Args:
+            tokens: of the step without drafts. deviation: of log(best / off), see :class:`choice.Choice`.
+        """
+        size = _size(tokens)
+        return now >= self._next.get(size, 0) or deviation > _NEWS * self._deviation[size]
+
+    def tried(self, tokens: int, deviation: float, now: int) -> None:
+        """Round ``now`` is one."""
+        size = _size(tokens)
+        news = deviation > _NEWS * self._deviation.get(size, math.inf)
+        wait = _TRIAL if news else min(2 * self._interval.get(size, _TRIAL // 2), _LONGEST)
+        self._interval[size], self._next[size], self._deviation[size] = wait, now + wait, deviation
 
 
 def _size(tokens: int) -> int:

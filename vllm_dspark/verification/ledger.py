@@ -87,6 +87,11 @@ class Ledger:
         """Whether a round that may lose this much can be paid like a probe, though the balance allows none."""
         return seconds <= self.credit
 
+    def rounds_until(self, seconds: float) -> int:
+        """Rounds, at most so many as are looked ahead, until probing has earned this much."""
+        earned = self.probe_share * self.typical_round
+        return int(min(max(seconds - self.credit, 0.0) / max(earned, 1e-12), _AHEAD))
+
     def may_probe(self, seconds: float, reserve: float = 1.0) -> bool:
         """Whether probing for this long stays within its share of time, which must hold ``reserve`` times as much."""
         return reserve * seconds <= self.credit and self.may_speculate(seconds)

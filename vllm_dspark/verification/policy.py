@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_dspark.verification import choice, history, saved, scheduler
-from vllm_dspark.verification.checks import Checks
+from vllm_dspark.verification.checks import Checks, Trials
 from vllm_dspark.verification.choice import Choice
 from vllm_dspark.verification.cost import CostModel, StepTiming
 from vllm_dspark.verification.history import History
@@ -36,6 +36,7 @@ logger = logging.getLogger("vllm.dspark")
 _ADAPTIVE, _FIXED = KINDS.index("adaptive"), KINDS.index("fixed")
 _UNTRIED = 32  # requests that draft together until so many have
 MANY = 16  # requests from which their last survivals together stand for this round's
+_CHANGE = 1.25  # margins that drafting must promise to begin again: a promise that came up by chance is rarely kept
 _TRY = 4  # rounds between two that draft though it may not pay (trying, on trial)
 _STALL = 1.25  # longest that a stalled step counts against drafting, times what was expected
 _SHARED = 0.7  # largest error (log) of the expected time that is put down to the machine being slower or faster today
@@ -63,7 +64,7 @@ class Policy:
         self.sts = OnlineSTS(width, temperatures)
         self.history = History(width)
         self.probing = Probing()
-        self.ledger = Ledger(loss_share=0.8 * self.options.loss_share, probe_share=0.8 * self.options.probe_share)
+        self.ledger = Ledger(loss_share=0.8 * self.options.loss_share, probe_share=0.6 * self.options.probe_share)
         self.counters: Counter[str] = Counter()
         self.failure: str | None = None
         self.round = 0
@@ -73,7 +74,8 @@ class Policy:
         self._choice: Choice | None = None
         self._price, self._tried, self._floor_age = 0.3, 0, 0
         self._floor, self._yield = NO_FLOOR, Yield()
-        self._checks = Checks()
+        self._paid = True  # whether drafting promised to pay when it was asked last
+        self._checks, self._trials = Checks(), Trials()
         if cost is None and self.options.policy == "adaptive":
             self._fail("there is no cost table")
 
@@ -177,13 +179,14 @@ class Policy:
             self._price = found.threshold
         elif reason == "trying":
             self._tried = self.round
+            self._trials.tried(plan.tokens, found.deviation, self.round)
             self.ledger.probed(found.risk)
         elif reason == TRIAL:
             self._tried, plan.stake = self.round, found.stake
             self.ledger.probed(plan.stake)
         most = found.count if self.history.drafted >= _UNTRIED else min(found.count, _UNTRIED)
         on = rows[:most] if reason in ("pays", "trying", TRIAL) else NOBODY
-        self.probing.decided(plan.slots[rows], plan.slots[on], self.round)
+        self.probing.decided(plan.slots[rows], plan.slots[on], self.round, reason == "pays")
         probes = NOBODY if reason == "measuring no drafting" else self._probes(self.cost, plan, rows[on.size :], on.size)
         reason = "probing" if probes.size and not on.size else reason
         self._draft(plan, np.sort(np.concatenate([forced, on, probes])), probes, reason)
@@ -204,12 +207,15 @@ class Policy:
         self.ledger.begin(found.off_seconds)
         return found, rows
 
-    def _judge(self, found: Choice, plan: Plan) -> str:
-        due = self.round >= self._tried + _TRY
-        if found.count == 0 or found.gain <= found.margin(self.options.margin, self._yield.doubt):
     def _expected(self, slots: Rows, caps: Rows, contexts: Floats) -> tuple[Floats, Floats]:
         return self.history.expected(slots, self.round, caps, contexts)
 
+    def _judge(self, found: Choice, plan: Plan) -> str:
+        due = self.round >= self._tried + _TRY
+        margin = found.margin(self.options.margin, self._yield.doubt) * (1.0 if self._paid else _CHANGE)
+        self._paid = found.count > 0 and found.gain > margin
+        if not self._paid:
+            due &= self._trials.due(plan.tokens, found.deviation, self.round)
             return "trying" if due and self.ledger.may_probe(found.risk) else "does not pay"
         if not self.ledger.may_speculate():
             return TRIAL if due and self.ledger.may_try(found.stake) else "guarded"

@@ -13,7 +13,7 @@ from vllm_dspark.verification.records import Rows
 PROBE_DRAFTS = 3  # drafts of a probe that are verified at least, where that costs no more than drafting them
 _FIRST, _LONGEST = 2, 128  # rounds between probes of one request
 _FLEET_LONGEST = 128  # rounds between probes while nobody drafts and no request is new
-_RETRY = 8  # rounds until a probe that could not be paid is tried again
+_RETRY = 8  # least rounds until a probe that could not be paid is tried again
 _TOGETHER = 16  # most requests in a probe; what they show counts for the fleet
 _NEVER = -1
 
@@ -59,17 +59,25 @@ class Probing:
         self.on[slot] = False
         self.interval[slot], self.due[slot], self.last[slot] = _FIRST, now, _NEVER
 
-    def decided(self, slots: Rows, on: Rows, now: int) -> None:
-        """Slots of this round, and those among them that draft because it pays."""
+    def decided(self, slots: Rows, on: Rows, now: int, pays: bool = True) -> None:
+        """Slots of this round, and those of them that draft; pays: because it does, not for once to see whether it does."""
         before = self.on[slots]
         self.on[slots] = False
-        self.on[on] = True
+        self.on[on] = pays
         left = slots[before & ~self.on[slots]]
         self.interval[left] = _FIRST
         self.due[left] = now + _FIRST
-        self.last[on] = now
-        if on.size:
+        if on.size and pays:
+            self.last[on] = now
             self.fleet_interval, self.fleet_due = _FIRST, now + _FIRST
+        elif on.size:
+            self._put_off(on, now)
+
+    def _put_off(self, slots: Rows, now: int) -> None:
+        """These have been looked at: next time later."""
+        self.interval[slots] = np.minimum(self.interval[slots] * 2, _LONGEST)
+        self.due[slots] = now + self.interval[slots]
+        self.last[slots] = now
 
     def due_now(self, slots: Rows, now: int, alone: bool) -> NDArray[np.bool_]:
         """Which of these slots are to be probed in this round; alone: nobody else drafts."""
@@ -102,11 +110,9 @@ class Probing:
             count //= 2
         if alone:
             self.fleet_interval = min(self.fleet_interval * 2, _FLEET_LONGEST) if count else self.fleet_interval
-            self.fleet_due = now + (self.fleet_interval if count else _RETRY)
+            self.fleet_due = now + (self.fleet_interval if count else max(_RETRY, ledger.rounds_until(reserve * self.least)))
         if not count:
             return rows[:0], 0.0
         chosen = slots[waiting[:count]]
-        self.interval[chosen] = np.minimum(self.interval[chosen] * 2, _LONGEST)
-        self.due[chosen] = now + self.interval[chosen]
-        self.last[chosen] = now
+        self._put_off(chosen, now)
         return rows[waiting[:count]], seconds(count)
