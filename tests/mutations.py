@@ -1,5 +1,5 @@
-"""Put into an engine's process by ``EngineProcess(prepare=...)``: planted errors, each of which must make a test fail, and
-policies that do on purpose what the real one does only now and then.
+"""Put into an engine's process by ``EngineProcess(prepare=...)``: planted errors, each of which must make a test fail,
+policies that do on purpose what the real one does only now and then, and a machine that is never busy.
 """
 
 import dataclasses
@@ -160,3 +160,9 @@ def policy_that_raises() -> None:
         module.choose = choose
 
     _after_import("vllm_dspark.verification.choice", patch)
+
+
+def quiet_machine() -> None:
+    """Step times count as measured on a quiet machine, so that they are kept, and found again, whatever else runs on it."""
+    _after_import("vllm_dspark.verification.profile", lambda module: setattr(module, "disturbed", lambda samples: False))
+    _after_import("vllm_dspark.engine.profiling", lambda module: setattr(module, "FASTER", 0.0))

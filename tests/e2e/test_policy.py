@@ -31,7 +31,7 @@ def some(expected: Run, requests: slice) -> Run:
 def test_step_times_are_measured_once_and_greedy_output_is_identical(
     engines: Engines, expected: Run, prompts: list[str], cache: Path
 ) -> None:
-    options = {**COMMON, "speculative_config": adaptive(cache)}
+    options = {**COMMON, "prepare": "mutations:quiet_machine", "speculative_config": adaptive(cache)}
     engine = engines.get(**options)
     for concurrency in (1, 16):
         run = engine.generate(prompts, max_tokens=TOKENS, concurrency=concurrency)
