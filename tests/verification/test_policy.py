@@ -569,20 +569,30 @@ def test_how_much_of_a_crowd_may_change(leave, come, stands):
     assert policy.rest(now) is stands
 
 
-def test_drafting_must_promise_more_to_begin_again_than_to_go_on(monkeypatch):
-    """With a margin of 4 %: 4.5 % is enough to go on, but not to begin."""
+@pytest.mark.parametrize(
+    ("names", "won", "decided"),
+    [
+        (("a", "b"), 0.1, ["pays", "does not pay", "does not pay", "pays", "pays", "does not pay"]),
+        (("a",), 0.1, ["pays", "pays", "pays", "pays", "pays", "does not pay"]),
+        (("a",), 0.0, ["pays", "does not pay", "does not pay", "pays", "pays", "does not pay"]),
+    ],
+)
+def test_drafting_must_promise_more_to_begin_again_than_to_go_on(monkeypatch, names, won, decided):
+    """With a margin of 4 %, it takes 5 % to begin; a lone request that has won enough goes on at a loss of 3 %."""
     promise = [0.0]
 
     def choose(*_):
-        return Choice(2, 0.0, off=100.0, best=100.0 * np.exp(promise[0]), deviation=0.1, off_seconds=0.010, seconds=0.015)
+        return Choice(
+            len(names), 0.0, off=100.0, best=100.0 * np.exp(promise[0]), deviation=0.1, off_seconds=0.010, seconds=0.015
+        )
 
     monkeypatch.setattr("vllm_dspark.verification.choice.choose", choose)
     policy, reasons = make(), []
-    policy.ledger.credit = -1.0  # nothing is tried
-    for promise[0] in (0.045, 0.0, 0.045, 0.055, 0.045):
+    policy.ledger.probe_share, policy.ledger.balance = 0.0, won  # nothing is tried
+    for promise[0] in (0.045, -0.03, 0.045, 0.055, 0.045, -0.05):
         policy._standing.drop()
-        reasons.append(policy.begin_round(RoundInput(("a", "b"), np.full(2, 100), other_tokens=5)).reason)
-    assert reasons == ["pays", "does not pay", "does not pay", "pays", "pays"]
+        reasons.append(policy.begin_round(RoundInput(names, np.full(len(names), 100), other_tokens=5)).reason)
+    assert reasons == decided
 
 
 def test_a_decision_that_everybody_drafts_stands_again_after_one_left():

@@ -37,6 +37,7 @@ _ADAPTIVE, _FIXED = KINDS.index("adaptive"), KINDS.index("fixed")
 _UNTRIED = 32  # requests that draft together until so many have
 MANY = 16  # requests from which their last survivals together stand for this round's
 _CHANGE = 1.25  # margins that drafting must promise to begin again: a promise that came up by chance is rarely kept
+_WON = 5.0  # rounds won with which a lone request goes on in doubt: only dear probes would bring it back
 _TRY = 4  # rounds between two that draft though it may not pay (trying, on trial)
 _STALL = 1.25  # longest that a stalled step counts against drafting, times what was expected
 _SHARED = 0.7  # largest error (log) of the expected time that is put down to the machine being slower or faster today
@@ -212,7 +213,7 @@ class Policy:
 
     def _judge(self, found: Choice, plan: Plan) -> str:
         due = self.round >= self._tried + _TRY
-        margin = found.margin(self.options.margin, self._yield.doubt) * (1.0 if self._paid else _CHANGE)
+        margin = found.margin(self.options.margin, self._yield.doubt) * self._margins(plan)
         self._paid = found.count > 0 and found.gain > margin
         if not self._paid:
             due &= self._trials.due(plan.tokens, found.deviation, self.round)
@@ -224,6 +225,13 @@ class Policy:
         if only_decodes and self._checks.due(None if plan.load.drafted else plan.tokens, doubtful, self.round):
             return "measuring no drafting"
         return "pays"
+
+    def _margins(self, plan: Plan) -> float:
+        """Margins that drafting must promise: to go on, fewer than to begin."""
+        if not self._paid:
+            return _CHANGE
+        lone = np.count_nonzero(plan.caps) == 1
+        return -1.0 if lone and self.ledger.balance > _WON * self.ledger.typical_round else 1.0
 
     def _probes(self, cost: CostModel, plan: Plan, idle: Rows, drafting: int) -> Rows:
         already = plan.load.drafted + drafting
