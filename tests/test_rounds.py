@@ -132,21 +132,24 @@ def test_of_rounds_at_rest_some_are_timed():
     policy.rest = lambda names: True  # type: ignore[attr-defined]
     for number in range(40):
         assert rounds.rests()
-        rounds.end(0.5 * number, 0.0)
+        rounds.rested(0.5 * number, 2)
+        rounds.end(0.5 * number + 0.1, 0.0)  # what was left over took a while
     first, second = policy.told("timed")
     assert first == second
-    assert (first.tokens, first.requests, first.context, first.target_seconds, first.drafted) == (2, 2, 26.0, 0.5, 0)
+    assert (first.tokens, first.requests, first.context, first.drafted) == (2, 2, 24.0, 0)
+    assert first.target_seconds == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize("event", ["comes", "prompt", "first token"])
-def test_a_round_at_rest_with_a_prompt_in_it_is_not_timed(event):
-    rounds, policy = make(a=request(outputs=4), b=request(outputs={"prompt": 0, "first token": 1}.get(event, 2)))
+@pytest.mark.parametrize(("comes", "tokens"), [(True, 3), (False, 9)])
+def test_a_round_at_rest_is_not_timed_if_somebody_came_or_prefill_went_on(comes, tokens):
+    rounds, policy = make(a=request(outputs=4), b=request(outputs=2))
     policy.rest = lambda names: True  # type: ignore[attr-defined]
     for number in range(16):
-        if number == 15 and event == "comes":
+        if number == 15 and comes:
             rounds.runner.requests["c"] = request(outputs=5)
             rounds.runner.input_batch.req_ids = ["a", "b", "c"]
         rounds.rests()
+        rounds.rested(0.5 * number, tokens if number == 15 else 2)
         rounds.end(0.5 * number, 0.0)
     assert policy.told("timed") == []
 

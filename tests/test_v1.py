@@ -8,34 +8,45 @@ import pytest
 import torch
 
 
+class Context:
+    """Writes a token in 10 ms: the oldest 50 as soon as there are so many, none if there is no limit."""
+
+    def __init__(self, clock: list[float], kept: int, limit: int) -> None:
+        self.clock, self.tokens, self.limit = clock, kept, limit
+
+    def add(self, _: torch.Tensor, positions: torch.Tensor, __: torch.Tensor) -> None:
+        self.tokens += positions.shape[0]
+        while self.tokens > self.limit:
+            self._write(min(self.tokens, 50))
+
+    def write(self) -> None:
+        self._write(self.tokens)
+
+    def _write(self, count: int) -> None:
+        self.clock[0] += 0.010 * count
+        self.tokens -= count
+
+
 @pytest.mark.parametrize(
-    ("kept", "adding", "writing", "counted"),
-    [(100, 0.0, 1.0, 0.02), (2, 1.0, 0.0, 0.0)],
-    ids=["before drafting", "as one of many"],
+    ("kept", "limit"), [(30, 1000), (47, 49), (48, 49), (49, 49), (0, 0)], ids=["at once", "-2", "-1", "oldest", "every step"]
 )
-def test_context_of_earlier_tokens_is_not_counted_as_drafting(
-    monkeypatch: pytest.MonkeyPatch, kept: int, adding: float, writing: float, counted: float
-) -> None:
-    """What is kept takes 1 s to write: for a draft, when two tokens of it were sampled in this step, or as it is too much."""
+def test_context_of_earlier_tokens_is_not_counted_as_drafting(monkeypatch: pytest.MonkeyPatch, kept: int, limit: int) -> None:
+    """Whenever what is kept is written, of the time only that for the two tokens sampled in this step counts: 20 ms."""
     pytest.importorskip("vllm")
     from vllm_dspark.engine import v1
 
     now = [0.0]
     monkeypatch.setattr(v1.time, "perf_counter", lambda: now[0])
     told: list[float] = []
-
-    def takes(seconds: float) -> Any:
-        return lambda *_: now.__setitem__(0, now[0] + seconds)
-
     proposer: Any = object.__new__(v1.DSparkProposer)
     proposer.device, proposer._sampled = torch.device("cpu"), [[5], [7]]
-    proposer.context = SimpleNamespace(tokens=kept, add=takes(adding), write=takes(writing))
+    proposer.context = Context(now, kept, limit)
     proposer.rounds = SimpleNamespace(
         begin=lambda *_: np.array([0, 1]), end=lambda _, seconds: told.append(seconds)
     )  # fmt: skip
     proposer._context_lengths = lambda _: np.array([60, 40])
-    proposer._draft = takes(0.25)
-    metadata: Any = SimpleNamespace(num_reqs=2, slot_mapping=torch.arange(100))
-    states = torch.zeros(100, 4)
-    assert proposer.propose(7, None, torch.arange(100), states, None, None, metadata, None) == [[], []]
-    assert told == [pytest.approx(0.25 + counted)]
+    proposer._draft = lambda *_: now.__setitem__(0, now[0] + 0.25)
+    metadata: Any = SimpleNamespace(num_reqs=2, slot_mapping=torch.arange(3))
+    states = torch.zeros(3, 4)  # one of them a rejected draft's, or of a prompt
+    assert proposer.propose(7, None, torch.arange(3), states, None, None, metadata, None) == [[], []]
+    assert told == [pytest.approx(0.25 + 0.02)]

@@ -174,6 +174,9 @@ class Script:
     def rests(self) -> bool:
         return False
 
+    def rested(self, now: float, tokens: int) -> None:
+        """Never asked for."""
+
     def judged(self, drafts: Sequence[int], tokens: int) -> None:
         """Nothing is learned here."""
 

@@ -27,7 +27,10 @@ class Decider(Protocol):
     """What the proposer asks once per round, in this order; ``lengths`` only if rows were returned."""
 
     def rests(self) -> bool:
-        """Whether nobody drafts after a step that verifies nothing; if so, its end is told and nothing else."""
+        """Whether nobody drafts after a step that verifies nothing; if so, ``rested`` and ``end`` follow and nothing else."""
+
+    def rested(self, now: float, tokens: int) -> None:
+        """That step ran on so many tokens and ended, clock ``now``, seconds."""
 
     def judged(self, drafts: Sequence[int], tokens: int) -> None:
         """The step verified so many drafts of each request and ran on so many tokens."""
@@ -70,6 +73,14 @@ class Rounds:
         self._drafted = 0
         return True
 
+    def rested(self, now: float, tokens: int) -> None:
+        """Tell some of these steps' times, so that what slows down the machine is not put down to drafting."""
+        requests = len(self._batch)
+        if self._rested % _SAMPLE or self._ended is None or self._before is not self._batch or tokens != requests:
+            return  # not one of the some; or somebody came, or prefill went on
+        context = sum(each.prompt + len(each.outputs) - 1 for each in self._served.values())  # the last was just sampled
+        self.policy.timed(StepTiming(tokens, requests, float(context), now - self._ended))
+
     def judged(self, drafts: Sequence[int], tokens: int) -> None:
         self._verified, self._tokens = drafts, tokens
 
@@ -110,17 +121,7 @@ class Rounds:
         return self.policy.lengths(confidences)
 
     def end(self, now: float, seconds: float) -> None:
-        if self._rested and self._rested % _SAMPLE == 0:
-            self._learn_rest(now)
         self._ended, self._draft_seconds, self._before = now, seconds, self._batch
-
-    def _learn_rest(self, now: float) -> None:
-        """Time of a round in which nobody drafts, so that what slows down the machine is not put down to drafting."""
-        served = self._served.values()
-        if self._ended is None or self._before is not self._batch or not all(len(each.outputs) > 1 for each in served):
-            return  # somebody came, or a prompt was in the step
-        context = sum(each.prompt + len(each.outputs) for each in served)
-        self.policy.timed(StepTiming(len(served), len(served), float(context), now - self._ended))
 
     def _learn(
         self, now: float, names: list[str], sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], total: float
@@ -201,6 +202,9 @@ class Shared:
 
     def rests(self) -> bool:
         return False  # rank 0 alone knows
+
+    def rested(self, now: float, tokens: int) -> None:
+        """Never asked for."""
 
     def judged(self, drafts: Sequence[int], tokens: int) -> None:
         if self._rounds is not None:

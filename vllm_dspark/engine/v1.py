@@ -8,6 +8,7 @@ is known on the host.
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,7 @@ class DSparkProposer(DFlashProposer):
     @torch.inference_mode()
     def keep(self, tokens: int, states: list[Tensor]) -> None:
         """Keep the hidden states of a step's T tokens, after which nobody drafts, ``[≥ T, d]`` per layer."""
+        self.rounds.rested(time.perf_counter(), tokens)
         kept = [state[:tokens] for state in states]
         own = kept if self.device.type == "cpu" else torch.cat(kept, dim=-1)  # elsewhere a graph may reuse their memory
         slots = self.runner.input_batch.block_table[self.kv_cache_gid].slot_mapping.gpu[:tokens]
@@ -140,15 +142,15 @@ class DSparkProposer(DFlashProposer):
         metadata = common_attn_metadata
         self._last_draft_probs = None
         tokens = target_positions.shape[0]
-        self.context.add(target_hidden_states, target_positions, metadata.slot_mapping[:tokens])
-        late = time.perf_counter() - began  # now and then the context of many steps is written there
+        new, own = (target_hidden_states, target_positions, metadata.slot_mapping[:tokens]), sum(map(len, self._sampled))
+        late = self._late(lambda: self.context.add(*new), tokens, own)
         starts = self._context_lengths(metadata)
         rows = self.rounds.begin(began, self._sampled, starts, num_speculative_tokens, tokens)
         if rows.size == 0:
             self.rounds.end(time.perf_counter(), 0.0)
             return []
         drafts: list[list[int]] = [[] for _ in range(metadata.num_reqs)]
-        late += self._catch_up(sum(map(len, self._sampled)))
+        late += self._late(self.context.write, 0, own)
         anchors = torch.tensor([self._sampled[row][-1] for row in rows.tolist()], dtype=torch.int32, device=self.device)
         block = self._draft(rows, starts[rows], anchors, metadata, sampling_metadata)
         if block is not None:
@@ -163,12 +165,16 @@ class DSparkProposer(DFlashProposer):
         """Turn concatenated target states ``[T, m*d]`` into the draft layers' K/V in the paged cache."""
         self.model.precompute_and_store_context_kv(self.model.combine_hidden_states(states), positions, slots)
 
-    def _catch_up(self, tokens: int) -> float:
-        """Write all context; the seconds that went into all of it but ``tokens``: into earlier steps' and into prompts."""
-        kept = self.context.tokens
-        began = time.perf_counter()
-        self.context.write()
-        return (time.perf_counter() - began) * max(kept - tokens, 0) / max(kept, 1)
+    def _late(self, write: Callable[[], None], new: int, own: int) -> float:
+        """The seconds in which this wrote context of earlier steps and of prompts, after keeping ``new`` tokens.
+
+        Args:
+            own: tokens sampled in this step, the last to be written.
+        """
+        before, began = self.context.tokens + new, time.perf_counter()
+        write()
+        seconds, left = time.perf_counter() - began, self.context.tokens
+        return seconds * max(before - left - max(own - left, 0), 0) / max(before - left, 1)
 
     def _hand_over(self, drafts: list[list[int]], block: sequential.Drafts, rows: Rows, lengths: Rows) -> None:
         """Put the drafts that are to be verified into their requests' lists, and keep q for the rejection sampler."""
