@@ -1,6 +1,7 @@
 """When requests that do not draft are looked at again."""
 
 import numpy as np
+import pytest
 
 from vllm_dspark.verification.ledger import Ledger
 from vllm_dspark.verification.probing import Probing
@@ -22,9 +23,19 @@ def test_a_probe_that_cannot_be_paid_waits_until_it_can():
     ledger.begin(0.010)
     ledger.credit = -0.004
     waits = ledger.rounds_until(0.004)
-    assert waits == 100  # 8 ms, of which a round earns 80 µs
-    probing, slots = Probing(), np.arange(2)
+    for _ in range(waits):
+        assert ledger.credit < 0.004
+        ledger.spent(0.010, 0.010)
+    assert ledger.credit == pytest.approx(0.004)
+    assert ledger.rounds_until(0.004) <= 1
+
+
+@pytest.mark.parametrize(("credit", "wait"), [(0.01101, 25), (0.002, 32), (0.0119, 8)])
+def test_the_wait_for_a_probes_price_is_neither_long_nor_short(credit, wait):
+    ledger, probing, slots = Ledger(), Probing(), np.arange(2)
+    ledger.begin(0.010)
+    ledger.credit = credit
     probing.last[slots] = 0
     chosen, _ = probing.select(slots, slots, 5, lambda count: 0.004 * count, ledger, alone=True)
     assert chosen.size == 0
-    assert probing.fleet_due == 5 + ledger.rounds_until(3 * 0.004)
+    assert probing.fleet_due == 5 + wait

@@ -46,10 +46,7 @@ class Ledger:
         """A round took ``seconds``; without speculation it would have taken ``off_seconds``."""
         self.elapsed += seconds
         self.typical_round += 0.1 * (off_seconds - self.typical_round)
-        earned = self.probe_share * seconds
-        if self.elapsed < _AHEAD * self.typical_round:
-            earned *= 0.5
-        self.credit = min(self.credit + earned, _SAVED * self.typical_round)
+        self.credit = min(self.credit + self._earned(seconds), _SAVED * self.typical_round)
         self.saved(self.loss_share * seconds)
 
     def saved(self, seconds: float, stake: float | None = None) -> None:
@@ -88,9 +85,13 @@ class Ledger:
         return seconds <= self.credit
 
     def rounds_until(self, seconds: float) -> int:
-        """Rounds, at most so many as are looked ahead, until probing has earned this much."""
-        earned = self.probe_share * self.typical_round
-        return int(min(max(seconds - self.credit, 0.0) / max(earned, 1e-12), _AHEAD))
+        """Rounds until probing has earned this much, at most as many as are looked ahead."""
+        missing = max(seconds - self.credit, 0.0)
+        return math.ceil(min(missing / max(self._earned(self.typical_round), 1e-12), _AHEAD))
+
+    def _earned(self, seconds: float) -> float:
+        """What probing may take of this long; of the first rounds half has been spent beforehand."""
+        return self.probe_share * seconds * (0.5 if self.elapsed < _AHEAD * self.typical_round else 1.0)
 
     def may_probe(self, seconds: float, reserve: float = 1.0) -> bool:
         """Whether probing for this long stays within its share of time, which must hold ``reserve`` times as much."""

@@ -13,7 +13,7 @@ from vllm_dspark.verification.records import Rows
 PROBE_DRAFTS = 3  # drafts of a probe that are verified at least, where that costs no more than drafting them
 _FIRST, _LONGEST = 2, 128  # rounds between probes of one request
 _FLEET_LONGEST = 128  # rounds between probes while nobody drafts and no request is new
-_RETRY = 8  # least rounds until a probe that could not be paid is tried again
+_RETRY, _LONGEST_RETRY = 8, 32  # rounds until a probe that could not be paid is tried again, for what it costs then
 _TOGETHER = 16  # most requests in a probe; what they show counts for the fleet
 _NEVER = -1
 
@@ -60,7 +60,7 @@ class Probing:
         self.interval[slot], self.due[slot], self.last[slot] = _FIRST, now, _NEVER
 
     def decided(self, slots: Rows, on: Rows, now: int, pays: bool = True) -> None:
-        """Slots of this round, and those of them that draft; pays: because it does, not for once to see whether it does."""
+        """Slots of this round, and those of them that draft: because it pays, or only to learn whether it does."""
         before = self.on[slots]
         self.on[slots] = False
         self.on[on] = pays
@@ -110,7 +110,8 @@ class Probing:
             count //= 2
         if alone:
             self.fleet_interval = min(self.fleet_interval * 2, _FLEET_LONGEST) if count else self.fleet_interval
-            self.fleet_due = now + (self.fleet_interval if count else max(_RETRY, ledger.rounds_until(reserve * self.least)))
+            retry = min(max(ledger.rounds_until(reserve * self.least), _RETRY), _LONGEST_RETRY)
+            self.fleet_due = now + (self.fleet_interval if count else retry)
         if not count:
             return rows[:0], 0.0
         chosen = slots[waiting[:count]]
