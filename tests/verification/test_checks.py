@@ -50,6 +50,17 @@ def test_trials_become_rare_however_little_they_teach():
     assert trials.due(64, 0.05, 1500), "another size"
 
 
+def test_trials_become_rare_though_the_best_choice_goes_to_and_fro():
+    """Sometimes few would draft, and what that takes is known better."""
+    trials, tried = Trials(), 0
+    for now in range(1500):
+        deviation = 0.08 if now % 8 < 4 else 0.05
+        if trials.due(8, deviation, now):
+            trials.tried(8, deviation, now)
+            tried += 1
+    assert tried < 20
+
+
 def test_a_size_is_tried_again_as_soon_as_much_less_is_known_of_it():
     trials = Trials()
     for now in (0, 4, 12, 28):

@@ -8,7 +8,7 @@ _AGAIN = 64  # rounds until the next if nothing could be measured
 _LAPSE = 1000  # rounds for which what was measured holds
 _AS_EXPECTED = 0.87  # of the time expected: a shorter step has to be measured again
 _TRIAL, _LONGEST = 4, 512  # rounds until the next trial: after the first, and at most
-_NEWS = 1.5  # times what was known when it was tried last: so much less is known that it is worth another trial
+_NEWS, _FORGET = 1.5, 0.95  # times the deviation of the last trial: it is worth another; what is left of that with every trial
 
 
 class Checks:
@@ -60,7 +60,8 @@ class Trials:
         size = _size(tokens)
         news = deviation > _NEWS * self._deviation.get(size, math.inf)
         wait = _TRIAL if news else min(2 * self._interval.get(size, _TRIAL // 2), _LONGEST)
-        self._interval[size], self._next[size], self._deviation[size] = wait, now + wait, deviation
+        self._interval[size], self._next[size] = wait, now + wait
+        self._deviation[size] = max(deviation, _FORGET * self._deviation.get(size, 0.0))  # few may draft now, and many again
 
 
 def _size(tokens: int) -> int:
