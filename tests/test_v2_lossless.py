@@ -38,7 +38,7 @@ class Chains(World):
     def __init__(self, early: bool, table: CostTable, **given: Any) -> None:
         super().__init__(table, **given)
         self.early = early
-        self.policy._judge = lambda *_: "pays"  # type: ignore[method-assign]  # whoever loses drafts on, so that it shows
+        self.policy._judge.reason = lambda *_: "pays"  # type: ignore[method-assign]  # whoever loses drafts on, so that it shows
         count = len(self.names)
         self.anchors, self.drafts = np.zeros(count, dtype=int), np.zeros((count, WIDTH), dtype=int)
         self.counts = np.zeros_like(TARGET)

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from vllm_dspark.verification.asynchronous import AsynchronousPolicy
+from vllm_dspark.verification.asynchronous import AsynchronousPolicy, Step
 from vllm_dspark.verification.cost import CostModel, CostTable
 from vllm_dspark.verification.history import THRESHOLDS
 from vllm_dspark.verification.policy import MANY
+from vllm_dspark.verification.records import RoundInput
 
 
 def test_what_runs_ahead_promises_only_what_averages_can_choose():
@@ -24,5 +25,7 @@ def test_what_runs_ahead_promises_only_what_averages_can_choose():
     all_, _ = policy._expected(slots, np.full(slots.size, 4), np.full(slots.size, 100.0))
     assert few[0, at] == 0.0
     assert all_[0, at] > 1.0
-    policy._ranked = False
+    policy.begin_round(RoundInput(many, np.full(slots.size, 100)))
+    flight = policy.depart()
+    policy.allot(flight, Step(slots.size, slots.size, 1600.0), flight.caps, ranked_later=False)
     assert policy._expected(slots, np.full(slots.size, 4), np.full(slots.size, 100.0))[0][0, at] == 0.0

@@ -115,7 +115,7 @@ class AsynchronousPolicy(Policy):
             self.cost.batch = (0, 0.0)
 
     def _expected(self, slots: Rows, caps: Rows, contexts: Floats) -> tuple[Floats, Floats]:
-        """N and G; where lengths come from averages of past rounds, a round's own survivals cannot be chosen from."""
+        """N and G; where averages of past rounds set the budget, only what they can choose is promised."""
         number, gain = super()._expected(slots, caps, contexts)
         if self._ranked and slots.size >= MANY:
             return number, gain

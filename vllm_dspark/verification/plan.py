@@ -37,9 +37,9 @@ class Plan:
 
     Attributes:
         requests: ids. slots, kinds, caps, contexts: per request, ``(R,)``. tokens: sure tokens of the target step.
-        decision, load: see there. off_seconds: the round if no adaptive request drafts. draft_seconds: predicted for the
-            decision's rows. probe_seconds: what its probes add. stake: what it was charged for beforehand, if it is on trial.
-            time_limit: longest round the speed objective allows.
+        decision, load: see there. able: requests that could draft. off_seconds: the round if no adaptive request drafts.
+            draft_seconds: predicted for the decision's rows. probe_seconds: what its probes add. stake: what it was charged for
+            beforehand, if it is on trial. time_limit: longest round the speed objective allows.
         adaptive: which rows of the decision are, ``(n,)``. floor: see :func:`scheduler.synchronous`.
         lengths, conditional, raw, good: per row of the decision, once drafted. expected: drafts of it expected to be
             accepted, ``(n,)``. accepted: drafts of adaptive requests that were. seconds: predicted of the round as drafted.
@@ -55,6 +55,7 @@ class Plan:
     other_context: float
     decision: DraftDecision
     load: Load
+    able: int = 0
     off_seconds: float = 0.0
     draft_seconds: float = 0.0
     probe_seconds: float = 0.0

@@ -18,17 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_dspark.verification import choice, history, saved, scheduler
-from vllm_dspark.verification.checks import Checks, Trials
 from vllm_dspark.verification.choice import Choice
 from vllm_dspark.verification.cost import CostModel, StepTiming
 from vllm_dspark.verification.history import History
+from vllm_dspark.verification.judge import Judge
 from vllm_dspark.verification.ledger import Ledger, Yield
 from vllm_dspark.verification.online import OnlineSTS
 from vllm_dspark.verification.plan import NO_FLOOR, Load, Plan
 from vllm_dspark.verification.probing import PROBE_DRAFTS, Probing, price
 from vllm_dspark.verification.records import KINDS, DraftDecision, Kind, Outcomes, PolicyOptions, RoundInput, Rows
 from vllm_dspark.verification.registry import Registry
-from vllm_dspark.verification.standing import SILENT, TRIAL, Standing
+from vllm_dspark.verification.standing import SILENT, TRIAL, TRYING, Standing
 from vllm_dspark.verification.survival import Floats, Survival, leading, logit, usable
 
 logger = logging.getLogger("vllm.dspark")
@@ -36,9 +36,6 @@ logger = logging.getLogger("vllm.dspark")
 _ADAPTIVE, _FIXED = KINDS.index("adaptive"), KINDS.index("fixed")
 _UNTRIED = 32  # requests that draft together until so many have
 MANY = 16  # requests from which their last survivals together stand for this round's
-_CHANGE = 1.25  # margins that drafting must promise to begin again: a promise that came up by chance is rarely kept
-_WON = 5.0  # rounds won with which a lone request goes on in doubt: only dear probes would bring it back
-_TRY = 4  # rounds between two that draft though it may not pay (trying, on trial)
 _STALL = 1.25  # longest that a stalled step counts against drafting, times what was expected
 _SHARED = 0.7  # largest error (log) of the expected time that is put down to the machine being slower or faster today
 NOBODY: Rows = np.zeros(0, dtype=np.int64)
@@ -73,10 +70,9 @@ class Policy:
         self._standing = Standing()
         self._plan: Plan | None = None
         self._choice: Choice | None = None
-        self._price, self._tried, self._floor_age = 0.3, 0, 0
+        self._judge = Judge(self.options.margin, self.ledger)
+        self._price, self._floor_age = 0.3, 0
         self._floor, self._yield = NO_FLOOR, Yield()
-        self._paid = True  # whether drafting promised to pay when it was asked last
-        self._checks, self._trials = Checks(), Trials()
         if cost is None and self.options.policy == "adaptive":
             self._fail("there is no cost table")
 
@@ -141,7 +137,7 @@ class Policy:
             self._draft(plan, (plan.kinds == _FIXED).nonzero()[0], NOBODY, "policy failed")
         idle = plan.decision.reason in ("does not pay", "guarded") and not plan.decision.drafting
         wake = self.probing.wake(plan.slots, self.round, alone=idle)
-        self._standing.decided(inputs, plan.decision, self.round, wake, int(np.count_nonzero(plan.caps > 0)))
+        self._standing.decided(inputs, plan.decision, self.round, wake, plan.able)
         return plan
 
     def _prepare(self, inputs: RoundInput) -> Plan:
@@ -170,23 +166,17 @@ class Policy:
     def _decide(self, plan: Plan) -> None:
         forced = ((plan.kinds == _FIXED) & (self._fixed(plan.caps) > 0)).nonzero()[0]
         rows = ((plan.kinds == _ADAPTIVE) & (plan.caps > 0)).nonzero()[0]
+        plan.able = forced.size + rows.size
         if self.cost is None or rows.size == 0:
             self._draft(plan, forced, NOBODY, "fixed" if forced.size else plan.decision.reason)
             return
         plan.load = choice.load_of(plan, forced, self._fixed(plan.caps[forced]), self.history.mean[plan.slots[forced]])
         found, rows = self._compare(self.cost, plan, rows)
-        reason = self._judge(found, plan)
+        reason = self._judge.reason(found, plan, self._yield.doubt, self.round)
         if reason == "pays":
             self._price = found.threshold
-        elif reason == "trying":
-            self._tried = self.round
-            self._trials.tried(plan.tokens, found.deviation, self.round)
-            self.ledger.probed(found.risk)
-        elif reason == TRIAL:
-            self._tried, plan.stake = self.round, found.stake
-            self.ledger.probed(plan.stake)
         most = found.count if self.history.drafted >= _UNTRIED else min(found.count, _UNTRIED)
-        on = rows[:most] if reason in ("pays", "trying", TRIAL) else NOBODY
+        on = rows[:most] if reason in ("pays", TRYING, TRIAL) else NOBODY
         self.probing.decided(plan.slots[rows], plan.slots[on], self.round, reason == "pays")
         probes = NOBODY if reason == "measuring no drafting" else self._probes(self.cost, plan, rows[on.size :], on.size)
         reason = "probing" if probes.size and not on.size else reason
@@ -210,28 +200,6 @@ class Policy:
 
     def _expected(self, slots: Rows, caps: Rows, contexts: Floats) -> tuple[Floats, Floats]:
         return self.history.expected(slots, self.round, caps, contexts)
-
-    def _judge(self, found: Choice, plan: Plan) -> str:
-        due = self.round >= self._tried + _TRY
-        margin = found.margin(self.options.margin, self._yield.doubt) * self._margins(plan)
-        self._paid = found.count > 0 and found.gain > margin
-        if not self._paid:
-            due &= self._trials.due(plan.tokens, found.deviation, self.round)
-            return "trying" if due and self.ledger.may_probe(found.risk) else "does not pay"
-        if not self.ledger.may_speculate():
-            return TRIAL if due and self.ledger.may_try(found.stake) else "guarded"
-        doubtful = found.unsure and found.gain < 2.0 * found.deviation
-        only_decodes = plan.tokens == plan.slots.size  # else its time would not be learned from
-        if only_decodes and self._checks.due(None if plan.load.drafted else plan.tokens, doubtful, self.round):
-            return "measuring no drafting"
-        return "pays"
-
-    def _margins(self, plan: Plan) -> float:
-        """Margins that drafting must promise: to go on, fewer than to begin."""
-        if not self._paid:
-            return _CHANGE
-        lone = np.count_nonzero(plan.caps) == 1
-        return -1.0 if lone and self.ledger.balance > _WON * self.ledger.typical_round else 1.0
 
     def _probes(self, cost: CostModel, plan: Plan, idle: Rows, drafting: int) -> Rows:
         already = plan.load.drafted + drafting
@@ -346,7 +314,8 @@ class Policy:
     def _timed(self, cost: CostModel, timing: StepTiming) -> bool:
         self._measured(cost, timing)
         used = cost.observe(timing)
-        self.counters["steps ignored as outliers"] += not used
+        if not used:
+            self.counters["steps ignored as outliers"] += 1
         return used
 
     def _observe(self, plan: Plan, outcomes: Outcomes) -> None:
@@ -396,7 +365,7 @@ class Policy:
 
     def _measured(self, cost: CostModel, timing: StepTiming) -> None:
         if timing.tokens == timing.requests:
-            self._checks.measured(timing.tokens, timing.target_seconds, cost.step(timing)[0], self.round)
+            self._judge.checks.measured(timing.tokens, timing.target_seconds, cost.step(timing)[0], self.round)
 
     def _guarded(self, learn: Callable[..., object], *arguments: Any) -> None:
         try:
@@ -424,7 +393,7 @@ class Policy:
         }
         numbers |= self.ledger.explain()
         if self._choice is not None:
-            numbers |= self._choice.explain() | {"margin": self._choice.margin(self.options.margin, self._yield.doubt)}
+            numbers |= self._choice.explain() | {"margin": self._judge.margin}
         if self.cost is not None:
             numbers |= {"target_error": self.cost.target.error(), "draft_error": self.cost.draft.error()}
         return numbers

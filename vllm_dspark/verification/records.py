@@ -24,7 +24,8 @@ class PolicyOptions:
         min_tokens_per_second_per_request: expected speed of every request that a decision must keep, where no speculation
             would keep it too; None: throughput alone counts.
         probe_share: most time spent on probing, as a share of all time. loss_share: most time lost against not speculating.
-        margin: largest promised gain that is still distrusted, as a share; the guard asks for less when its error is less.
+        margin: largest promised gain that is still distrusted while drafting pays, as a share; the guard asks for less when its
+            error is less, and for more where drafting begins again.
         fallback: what an adaptive policy becomes when its numbers turn absurd.
     """
 

@@ -11,8 +11,9 @@ _CROWD = 0.5  # share of the requests that may be others, where a decision not t
 _LEAVING = 0.25  # share of the requests by which there may be fewer: drafting pays sooner then
 SILENT = "nobody can draft"
 TRIAL = "on trial"
+TRYING = "trying"
 _CROWDED = ("does not pay", "guarded", SILENT)  # reasons that hold whoever exactly is there
-ONCE = ("measuring no drafting", "probing", "trying", TRIAL)
+ONCE = ("measuring no drafting", "probing", TRYING, TRIAL)
 
 
 class Standing:
