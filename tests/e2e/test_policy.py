@@ -53,19 +53,23 @@ def test_step_times_are_measured_once_and_greedy_output_is_identical(
     assert "step times: measuring" not in log
 
 
-def test_a_request_has_its_own_policy(engines: Engines, prompts: list[str], cache: Path) -> None:
+def test_a_request_has_its_own_policy(engines: Engines, expected: Run, prompts: list[str], cache: Path) -> None:
     engine = engines.get(**COMMON, speculative_config=adaptive(cache))
     texts = demo.prompts("records")[:8]
+    first = prompts.index(texts[0])
+    wanted = some(expected, slice(first, first + 8))
 
     def generate(**own: object) -> Run:
-        return engine.generate(texts, max_tokens=64, concurrency=4, extra_args=own)
+        run = engine.generate(texts, max_tokens=64, concurrency=4, extra_args=own)
+        problems, _ = unexplained(wanted, run.token_ids, 64)
+        assert not problems, problems
+        return run
 
     everything = generate(dspark_policy="fixed")
     assert everything.drafts > 0
     assert 6 < everything.drafted / everything.drafts <= 7  # less where a request ends within the block
     for silent in (generate(dspark_policy="off"), generate(dspark_max_draft_tokens=0)):
         assert silent.drafts == silent.drafted == 0
-        assert silent.token_ids == everything.token_ids
     two = generate(dspark_policy="fixed", dspark_max_draft_tokens=2)
     assert len(two.accepted_at) == 7
     assert two.accepted_at[1] > 0 == sum(two.accepted_at[2:])
@@ -74,7 +78,7 @@ def test_a_request_has_its_own_policy(engines: Engines, prompts: list[str], cach
         problem = engine.refused(texts[0], extra_args=wrong)
         assert problem.startswith("BadRequestOption: dspark option")
         assert found in problem
-    assert generate(dspark_policy="off").token_ids == everything.token_ids
+    assert generate(dspark_policy="off").drafted == 0
 
 
 @pytest.mark.parametrize("concurrency", [pytest.param(1, marks=pytest.mark.slow), 16])
