@@ -7,8 +7,9 @@ Yield: for thresholds v the number of drafts N(v) whose survival exceeds v and t
 request's recent draft rounds and shrunk to the fleet's. N and G describe the whole trade-off: verifying what exceeds v costs
 N(v) tokens and brings G(v). What the fleet's requests have in common as they go on (a hard beginning, say) is learned apart,
 by tokens generated and in shares of what they yield, and everything else is learned without it, so that a few bad first rounds
-say little of what follows. How far to shrink is learned (empirical Bayes): where requests differ by more than their rounds do,
-a request's own rounds soon count. Averages that a round contradicts are given up at once.
+say little of what follows; where few have come yet they are taken to go on as they came. How far to shrink is learned
+(empirical Bayes): where requests differ by more than their rounds do, a request's own rounds soon count. Averages that a round
+contradicts are given up at once.
 """
 
 import math
@@ -127,8 +128,9 @@ class History:
             gain[new] += hope * (self._prior_gain - gain[new])
         phase = self.phases(slots, contexts)
         level = self._level(gain)
-        number = np.minimum(np.maximum(number + level * self.phase_number[phase], 0.0), float(self.width))
-        gain = np.minimum(np.maximum(gain + level * self.phase_gain[phase], 0.0), number)
+        more_number, more_gain = self._effects()
+        number = np.minimum(np.maximum(number + level * more_number[phase], 0.0), float(self.width))
+        gain = np.minimum(np.maximum(gain + level * more_gain[phase], 0.0), number)
         if caps.size and caps.min() < self.width:  # the yields were measured without the cap
             survival = np.cumsum(self.mean[slots], axis=1)
             part = survival[np.arange(slots.size), caps - 1] / np.maximum(survival[:, -1], 1e-9)
@@ -164,11 +166,12 @@ class History:
         phase = self.phases(slots, contexts)
         usual = self._shrunk(slots, now)
         level = self._level(usual[1])
-        number = numbers.reshape(rounds, requests, -1).mean(axis=0) - level * self.phase_number[phase]
-        gain = gains.reshape(rounds, requests, -1).mean(axis=0) - level * self.phase_gain[phase]
-        last = gains[-requests:, 0] - (level * self.phase_gain[phase])[:, 0]
+        number, gain = numbers.reshape(rounds, requests, -1).mean(axis=0), gains.reshape(rounds, requests, -1).mean(axis=0)
+        more_number, more_gain = self._effects()
         if not settled:
             self._learn_phases(slots, phase, level, number - usual[0], gain - usual[1])
+        number, gain = number - level * more_number[phase], gain - level * more_gain[phase]
+        last = gains[-requests:, 0] - (level * more_gain[phase])[:, 0]
         mean = survival.mean(axis=0)
         weight = self.weight[slots]
         gap = self.last[slots] + rounds - now
@@ -191,6 +194,24 @@ class History:
         self.last[slots] = now
         self._learn_fleet(number.mean(axis=0), gain.mean(axis=0), mean.mean(axis=0), requests * rounds, now, settled)
 
+    def _effects(self) -> tuple[Floats, Floats]:
+        """What phases have beyond what is usual, ``(phases, thresholds)``, in shares of the level.
+
+        As long as few requests have been in a phase it is taken to be like the one before.
+        """
+        number, gain = self.phase_number.copy(), self.phase_gain.copy()
+        before = _PHASE_PRIOR * self._usual()
+        for phase, known in enumerate((self.phase_weight / (self.phase_weight + before)).tolist()):
+            for effects in (number, gain):
+                effects[phase] *= known
+                if phase:
+                    effects[phase] += (1.0 - known) * effects[phase - 1]
+        return number, gain
+
+    def _usual(self) -> float:
+        """What a request counts in the weight of a phase."""
+        return max(float(self.fleet_gain[0]), 0.1) ** 2
+
     def _learn_phases(self, slots: Slots, phase: Slots, level: Floats, number: Floats, gain: Floats) -> None:
         """What the first round of a phase has beyond what was expected of a request already known, ``(n, thresholds)``.
 
@@ -199,14 +220,13 @@ class History:
         """
         entered = (self.phase[slots] != phase) & (self.weight[slots] >= 1.0)
         self.phase[slots] = phase
-        usual = max(float(self.fleet_gain[0]), 0.1) ** 2  # what a request counts
         for each in np.unique(phase[entered]):
             here = entered & (phase == each)
             came = float((level[here] ** 2).sum())
-            self.phase_weight[each] = min(self.phase_weight[each] + came, max(_PHASE_MEMORY * usual, came))
-            known = self.phase_weight[each] + _PHASE_PRIOR * usual
-            self.phase_number[each] += (level * number)[here].sum(axis=0) / known
-            self.phase_gain[each] += (level * gain)[here].sum(axis=0) / known
+            self.phase_weight[each] = weight = min(self.phase_weight[each] + came, max(_PHASE_MEMORY * self._usual(), came))
+            weight = max(weight, 1e-9)
+            self.phase_number[each] += (level * (number - level * self.phase_number[each]))[here].sum(axis=0) / weight
+            self.phase_gain[each] += (level * (gain - level * self.phase_gain[each]))[here].sum(axis=0) / weight
 
     def _learn_spread(self, level: Floats, own: Floats, weight: Floats, new: NDArray[np.bool_]) -> None:
         """How much Σ survival varies between the rounds of a request, and between a new request and the fleet; all ``(n,)``."""
