@@ -8,7 +8,7 @@ _AGAIN = 64  # rounds until the next if nothing could be measured
 _LAPSE = 1000  # rounds for which what was measured holds
 _AS_EXPECTED = 0.87  # of the time expected: a shorter step has to be measured again
 _TRIAL, _LONGEST = 4, 512  # rounds until the next trial: after the first, and at most
-_GROWTH, _ALONE = 1.6, 2.0  # times so many each time: of several, and of a lone token, whose trials lose more than is foreseen
+_GROWTH, _GROWTH_ALONE = 1.6, 2.0  # times so many each time: of several, and of a lone token (chosen in simulation)
 _NEWS, _FORGET = 1.5, 0.95  # times the deviation of the last trial: it is worth another; what is left of that with every trial
 
 
@@ -60,7 +60,7 @@ class Trials:
         """Round ``now`` is one."""
         size = _size(tokens)
         news = deviation > _NEWS * self._deviation.get(size, math.inf)
-        growth = _GROWTH if tokens > 1 else _ALONE
+        growth = _GROWTH if tokens > 1 else _GROWTH_ALONE
         wait = _TRIAL if news else min(growth * self._interval.get(size, _TRIAL / growth), _LONGEST)
         self._interval[size], self._next[size] = wait, now + round(wait)
         self._deviation[size] = max(deviation, _FORGET * self._deviation.get(size, 0.0))  # few may draft now, and many again

@@ -213,7 +213,7 @@ class History:
         return max(float(self.fleet_gain[0]), 0.1) ** 2
 
     def _learn_phases(self, slots: Slots, phase: Slots, level: Floats, number: Floats, gain: Floats) -> None:
-        """What the first round of a phase has beyond what was expected of a request already known, ``(n, thresholds)``.
+        """What the first round of a phase has beyond what is usual of a request already known, ``(n, thresholds)``.
 
         In shares of the ``level`` expected, ``(n, 1)``, so that it holds for requests of another kind as well. Requests are
         compared with themselves: those of a phase may be others than those of all rounds.

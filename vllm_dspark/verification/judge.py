@@ -6,7 +6,7 @@ from vllm_dspark.verification.ledger import Ledger
 from vllm_dspark.verification.plan import Plan
 from vllm_dspark.verification.standing import TRIAL, TRYING
 
-_AGAIN, _ALONE = 1.25, 1.12  # margins to begin again, of several requests and of one: what only came up by chance is not kept
+_AGAIN, _AGAIN_ALONE = 1.25, 1.12  # margins to begin again, of several requests and of one: what chance promised is not kept
 _SPARE = 5.0  # rounds that could be lost yet, with which a lone request goes on in doubt: only dear probes would bring it back
 _TRY = 4  # rounds between two that draft though it may not pay (trying, on trial)
 
@@ -59,5 +59,5 @@ class Judge:
     def _margins(self, plan: Plan) -> float:
         """Margins that drafting must promise: to go on, fewer than to begin."""
         if not self._paid:
-            return _AGAIN if plan.able > 1 else _ALONE
+            return _AGAIN if plan.able > 1 else _AGAIN_ALONE
         return -1.0 if plan.able == 1 and self._ledger.balance > _SPARE * self._ledger.typical_round else 1.0

@@ -62,6 +62,7 @@ class Policy:
         self.sts = OnlineSTS(width, temperatures)
         self.history = History(width)
         self.probing = Probing()
+        # The rest of both shares is for what the estimates of losses and of probes leave out.
         self.ledger = Ledger(loss_share=0.8 * self.options.loss_share, probe_share=0.6 * self.options.probe_share)
         self.counters: Counter[str] = Counter()
         self.failure: str | None = None

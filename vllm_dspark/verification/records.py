@@ -25,7 +25,7 @@ class PolicyOptions:
             would keep it too; None: throughput alone counts.
         probe_share: most time spent on probing, as a share of all time. loss_share: most time lost against not speculating.
         margin: largest promised gain that is still distrusted while drafting pays, as a share; the guard asks for less when its
-            error is less, and for more where drafting begins again.
+            error is less, for more where drafting begins again, and for none of a lone request with losses to spare.
         fallback: what an adaptive policy becomes when its numbers turn absurd.
     """
 
