@@ -25,8 +25,8 @@ class Cache:
 
 
 def step(numbers: list[int], slots: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    positions = torch.tensor(numbers)
-    return positions.float().unsqueeze(1).repeat(1, 3), positions, torch.tensor(slots)
+    positions = torch.tensor(numbers, dtype=torch.int64)
+    return positions.float().unsqueeze(1).repeat(1, 3), positions, torch.tensor(slots, dtype=torch.int64)
 
 
 def test_nothing_is_written_before_it_is_asked_for():
@@ -120,6 +120,100 @@ def test_never_more_than_the_limit_is_kept(limit):
     assert context.tokens == 0
     assert cache.values[:10].tolist() == list(range(10))
     assert cache.values[20:30].tolist() == list(range(20, 30))
+
+
+def test_what_an_ended_request_left_in_a_block_is_not_written():
+    cache = Cache()
+    context = DeferredContext(cache.write, limit=100)
+    context.add(*step([1, 2, 3, 4], [8, 9, 20, 0]))
+    context.add(*step([5, 6], [10, 21]))
+    context.forget([2], size=4)  # slots 8 to 11; 10 is the last step's, who knows of which request
+    context.add(*step([7, 8], [9, 22]))  # another request has the block now
+    context.write()
+    assert cache.values[[0, 8, 9, 10, 20, 21, 22]].tolist() == [4, -1, 7, 5, 3, 6, 8]
+    assert cache.writes == [6]
+
+
+def test_nothing_is_written_where_all_is_forgotten():
+    cache = Cache()
+    context = DeferredContext(cache.write, limit=100)
+    context.add(*step([1, 2], [4, 5]))
+    context.add(*step([3], [60]))
+    context.forget([], size=4)
+    context.forget([1, 15], size=4)
+    context.forget([15], size=4)
+    context.add(*step([], []))
+    context.forget([15], size=4)
+    context.write()
+    assert cache.writes == []
+    assert context.tokens == 0
+    assert (cache.values == -1).all()
+
+
+def test_a_block_may_be_forgotten_again_and_again():
+    cache = Cache()
+    context = DeferredContext(cache.write, limit=8, together=2)
+    for number in range(0, 40, 2):
+        context.add(*step([number, number + 1], [12, 13]))
+        context.add(*step([100 + number], [40]))
+        context.forget([3], size=4)
+        assert context.tokens < 8
+    context.write()
+    assert cache.values[40] == 138
+    assert max(cache.writes) <= 2
+    assert (cache.values[12:14] == -1).all()
+
+
+@pytest.mark.parametrize(("limit", "together"), [(8, 8), (8, 3), (20, 6)])
+def test_no_more_is_written_at_once_than_is_told(limit, together):
+    cache = Cache()
+    context = DeferredContext(cache.write, limit, together)
+    context.add(*step(list(range(19)), list(range(19))))
+    assert context.tokens < limit
+    context.write()
+    assert cache.values[:19].tolist() == list(range(19))
+    assert max(cache.writes) <= together
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 12), st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_all_is_written_but_what_ended_requests_left(limit, together, seed):
+    """Requests of up to three blocks come and go; a block that one has filled may be read whenever a draft runs."""
+    rng = np.random.default_rng(seed)
+    cache = Cache()
+    context = DeferredContext(cache.write, limit, together)
+    free, requests, number, filled = list(range(16)), [], 0, {}
+    for _ in range(60):
+        if free and rng.random() < 0.4:
+            requests.append([])  # slots and tokens
+        numbers, slots = [], []
+        for request in requests:
+            block = request[-1][0] // 4 if request else 0
+            for _ in range(int(rng.integers(1, 4))):
+                if len(request) % 4 == 0 and not free:
+                    break
+                if len(request) % 4 == 0:
+                    block = free.pop(int(rng.integers(len(free))))
+                    filled.pop(block, None)
+                request.append((block * 4 + len(request) % 4, number))
+                slots.append(request[-1][0])
+                numbers.append(number)
+                number += 1
+        context.add(*step(numbers, slots))
+        for request in [each for each in requests if rng.random() < 0.2]:
+            requests.remove(request)
+            full = len(request) // 4
+            for slot, token in request[: 4 * full]:
+                filled.setdefault(slot // 4, {})[slot] = token
+            context.forget([slot // 4 for slot, _ in request[4 * full :: 4]], size=4)
+            free += {slot // 4 for slot, _ in request}
+        if rng.random() < 0.3:
+            context.write()
+            assert context.tokens == 0
+            for request in requests:
+                assert all(cache.values[slot] == token for slot, token in request)
+            for block in filled.values():
+                assert all(cache.values[slot] == token for slot, token in block.items())
 
 
 @settings(max_examples=60, deadline=None)

@@ -82,6 +82,21 @@ def test_requests_are_announced_with_their_own_options_and_finished_when_they_go
     assert policy.told("add")[2:] == [("c", None, "adaptive")]
 
 
+def test_those_that_ended_are_told_and_not_those_that_only_left_the_batch():
+    requests = {"ended": request(prompt=9, outputs=4), "preempted": request(), "stays": request()}
+    told: list[Any] = []
+    runner = SimpleNamespace(requests=dict(requests), input_batch=SimpleNamespace(req_ids=list(requests)), max_num_tokens=1000)
+    rounds = Rounds(Policy(), runner, queries=7, max_model_len=100, gone=told.append)  # type: ignore[arg-type]
+    rounds.begin(0.0, [[5]] * 3, np.array([13, 11, 11]), k=7)
+    assert told == []
+    del runner.requests["ended"]
+    runner.input_batch.req_ids = ["stays"]
+    rounds.begin(0.0, [[5]], np.array([12]), k=7)
+    (served,) = told
+    assert served.request is requests["ended"]
+    assert (served.prompt, len(served.outputs)) == (9, 4)
+
+
 def test_a_request_that_asks_for_what_was_not_measured_gets_the_engines_policy():
     rounds, policy = make(a=request(extra_args={"dspark_policy": "adaptive"}))
     policy.cost = None

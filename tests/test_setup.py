@@ -48,3 +48,32 @@ def test_a_file_for_another_width_is_refused(temperatures, tmp_path):
     assert json.loads((tmp_path / "t.json").read_text())
     with pytest.raises(ValueError, match="not a file of 3 temperatures"):
         temperatures(DSparkOptions(temperatures=str(tmp_path / "t.json")), checkpoint(), 3)
+
+
+def engine(device: str = "cpu", ranks: int = 1, connector: Any = None, hidden: int = 192, batched: int = 4096) -> Any:
+    return SimpleNamespace(
+        kv_transfer_config=connector, device_config=SimpleNamespace(device_type=device),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=batched),
+        model_config=SimpleNamespace(get_hidden_size=lambda: hidden, dtype=SimpleNamespace(itemsize=4)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "limits"),
+    [
+        ({}, (8192, 512)),
+        ({"hidden": 4096}, (682, 512)),  # 32 MiB of 48 KiB each
+        ({"hidden": 8192}, (512, 512)),
+        ({"batched": 64}, (8192, 64)),
+        ({"device": "cuda"}, (512, 512)),
+        ({"ranks": 2}, (512, 512)),
+        ({"connector": object()}, (0, 0)),
+    ],
+)
+def test_how_much_context_waits_to_be_written(given, limits):
+    """What ended requests have left need not be written, so a CPU lets it wait; never more than is small."""
+    pytest.importorskip("vllm")
+    from vllm_dspark.engine import setup
+
+    assert setup.deferred_tokens(engine(**given), layers=3) == limits

@@ -242,7 +242,7 @@ HOOKS: tuple[Hook, ...] = (
     ),
     _v1(
         "vllm.v1.worker.gpu_input_batch", "CachedRequestState", "the requests in the batch: limits, context, tokens so far",
-        "sampling_params", "num_computed_tokens", "output_token_ids",
+        "sampling_params", "num_computed_tokens", "output_token_ids", "block_ids",
     ),
     _v1(
         RUNNER, "GPUModelRunner.execute_model", "one step, made up to be timed", "scheduler_output", loses=NO_COSTS,

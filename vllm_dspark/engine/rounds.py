@@ -5,7 +5,7 @@ Everything here is host arithmetic on lists and small arrays; the policy itself 
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -50,9 +50,15 @@ class Decider(Protocol):
 class Rounds:
     """Runs the policy for the requests of a V1 runner."""
 
-    def __init__(self, policy: Policy, runner: Any, queries: int, max_model_len: int) -> None:
-        """Args: queries: of a block forward; a request drafts only while they all fit ``max_model_len``."""
-        self.policy, self.runner = policy, runner
+    def __init__(
+        self, policy: Policy, runner: Any, queries: int, max_model_len: int, gone: Callable[["Served"], None] | None = None
+    ) -> None:
+        """Begin with nobody.
+
+        Args:
+            queries: of a block forward; a request drafts only while they all fit ``max_model_len``. gone: told who ended.
+        """
+        self.policy, self.runner, self._gone = policy, runner, gone
         self.queries, self.max_model_len = queries, max_model_len
         self._batch: list[str] = []  # in batch order
         self._before: list[str] = []  # the batch of the round before
@@ -154,8 +160,12 @@ class Rounds:
         if names == self._batch:
             return
         requests = self.runner.requests
-        self.policy.finish([name for name in self._batch if name not in requests])
+        ended = [name for name in self._batch if name not in requests]
+        self.policy.finish(ended)
         before, self._served = self._served, {}
+        if self._gone is not None:
+            for name in ended:
+                self._gone(before[name])
         for name in names:
             if name in before:
                 self._served[name] = before[name]
@@ -232,22 +242,26 @@ class Shared:
 
 
 class Served(NamedTuple):
-    """What ends a request: its prompt's length, its outputs (the runner's own list, which grows), most of them, stop ids."""
+    """What ends a request: its prompt's length, its outputs (the runner's own list, which grows), most of them, stop ids.
+
+    ``request``: the runner's state of it.
+    """
 
     prompt: int
     outputs: list[int]
     most: int
     stops: frozenset[int]
+    request: Any
 
     @classmethod
     def of(cls, request: Any) -> "Served":
         """From the runner's state of the request."""
         given = request.sampling_params
         if given is None:
-            return cls(request.num_prompt_tokens, request.output_token_ids, sys.maxsize, frozenset())
+            return cls(request.num_prompt_tokens, request.output_token_ids, sys.maxsize, frozenset(), request)
         most = sys.maxsize if given.max_tokens is None else given.max_tokens
         stops = frozenset([given.eos_token_id, *(given.stop_token_ids or ())])
-        return cls(request.num_prompt_tokens, request.output_token_ids, most, stops)
+        return cls(request.num_prompt_tokens, request.output_token_ids, most, stops, request)
 
 
 def request_options(extra_args: Any) -> RequestOptions:

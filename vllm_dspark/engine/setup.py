@@ -16,14 +16,28 @@ from vllm_dspark.verification.survival import Floats
 
 logger = logging.getLogger("vllm.dspark")
 
-DEFERRED_TOKENS = 512  # hidden states kept before they are written: enough for an efficient product, little to catch up with
+TOGETHER = 512  # tokens whose context is written at once: enough for an efficient product
+DEFERRED_TOKENS, DEFERRED_BYTES = 8192, 32 << 20  # most that a CPU keeps: many a request ends before its turn comes
 
 
-def deferred_tokens(vllm_config: Any) -> int:
-    """Most tokens whose context K/V may be written late; none where another process reads the cache."""
+def deferred_tokens(vllm_config: Any, layers: int) -> tuple[int, int]:
+    """Most tokens whose context K/V may be written late, and how many at once; none where another process reads the cache.
+
+    Args: layers: of the target, whose hidden states are kept.
+    """
     if vllm_config.kv_transfer_config is not None:
-        return 0
-    return min(DEFERRED_TOKENS, int(vllm_config.scheduler_config.max_num_batched_tokens))
+        return 0, 0
+    together = min(TOGETHER, int(vllm_config.scheduler_config.max_num_batched_tokens))
+    if not forgets(vllm_config):
+        return together, together
+    model = vllm_config.model_config
+    token = layers * model.get_hidden_size() * model.dtype.itemsize
+    return max(together, min(DEFERRED_TOKENS, DEFERRED_BYTES // token)), together
+
+
+def forgets(vllm_config: Any) -> bool:
+    """Whether what ended requests have left need not be written: only where a look at it is free, and ranks need not agree."""
+    return bool(vllm_config.device_config.device_type == "cpu" and vllm_config.parallel_config.tensor_parallel_size == 1)
 
 
 def cost(proposer: Any) -> CostModel | None:
@@ -55,7 +69,8 @@ def rounds(proposer: Any, costs: CostModel | None) -> Rounds:
     )
     width = proposer.width
     policy = Policy(width, costs, chosen, temperatures(options, proposer.draft_model_config.hf_config, width))
-    return Rounds(policy, proposer.runner, proposer.queries, proposer.max_model_len)
+    gone = proposer.gone if forgets(proposer.vllm_config) else None
+    return Rounds(policy, proposer.runner, proposer.queries, proposer.max_model_len, gone)
 
 
 def temperatures(options: DSparkOptions, hf_config: Any, width: int) -> Floats | float:

@@ -21,7 +21,7 @@ from vllm.v1.spec_decode.dflash import DFlashProposer
 from vllm_dspark.engine import models, pair, plain, setup
 from vllm_dspark.engine.context import DeferredContext
 from vllm_dspark.engine.memory import keep_heap, prefer_huge_pages
-from vllm_dspark.engine.rounds import Decider
+from vllm_dspark.engine.rounds import Decider, Served
 from vllm_dspark.heads import sequential
 from vllm_dspark.options import KEY, DSparkOptions
 from vllm_dspark.verification.records import Rows
@@ -70,8 +70,8 @@ class DSparkProposer(DFlashProposer):
         )
         self._sampled: list[list[int]] = []
         self._warned_not_finite = False
-        limit = setup.deferred_tokens(vllm_config)
-        self.context = DeferredContext(self.write_context, limit)
+        limit, together = setup.deferred_tokens(vllm_config, len(hf_config.eagle_aux_hidden_state_layer_ids))
+        self.context = DeferredContext(self.write_context, limit, together)
         self.rounds: Decider = setup.decider(self, None)
         # Where another process reads the cache nothing is deferred, and the runner must know that something will be written.
         plain.without_speculation(runner, lambda: limit > 0 and self.rounds.rests(), self.keep)
@@ -98,7 +98,7 @@ class DSparkProposer(DFlashProposer):
     def keep(self, tokens: int, states: list[Tensor]) -> None:
         """Keep the hidden states of a step's T tokens, after which nobody drafts, ``[≥ T, d]`` per layer."""
         self.rounds.rested(time.perf_counter(), tokens)
-        kept = [state[:tokens] for state in states]
+        kept = [state if state.shape[0] == tokens else state[:tokens] for state in states]
         own = kept if self.device.type == "cpu" else torch.cat(kept, dim=-1)  # elsewhere a graph may reuse their memory
         slots = self.runner.input_batch.block_table[self.kv_cache_gid].slot_mapping.gpu[:tokens]
         self.context.add(own, self.runner._get_positions(tokens), slots)
@@ -160,6 +160,13 @@ class DSparkProposer(DFlashProposer):
         ended = time.perf_counter()
         self.rounds.end(ended, ended - began - late)
         return drafts
+
+    def gone(self, served: Served) -> None:
+        """A request has ended: nobody will read what lies in a block that it has not filled, or in any that is not shared."""
+        size = self.runner.kv_cache_config.kv_cache_groups[self.kv_cache_gid].kv_cache_spec.block_size
+        shared = self.vllm_config.cache_config.enable_prefix_caching
+        filled = (served.prompt + len(served.outputs)) // size if shared else 0
+        self.context.forget(served.request.block_ids[self.kv_cache_gid][filled:], size)
 
     def write_context(self, states: Tensor, positions: Tensor, slots: Tensor) -> None:
         """Turn concatenated target states ``[T, m*d]`` into the draft layers' K/V in the paged cache."""
