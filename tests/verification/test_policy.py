@@ -385,25 +385,48 @@ def test_overconfidence_is_made_up_for_within_a_few_rounds():
     assert history.factor[0] == 1.0 > history.factor[1:].max()
 
 
+def live(history, requests, first, later, begin=0):
+    """So many requests one after the other, from round ``begin`` on: one round at first, three from their 12th token on."""
+    for request in range(requests):
+        now = begin + 10 * request
+        history.reset(0, now)
+        for number, (tokens, level) in enumerate([(0, first), (12, later), (30, later), (40, later)]):
+            slots, contexts = np.array([0]), np.array([100.0 + tokens])
+            history.expected(slots, now + number, np.array([4]), contexts)
+            history.drew(slots, np.full((1, 1, 4), level), now + number, contexts)
+    return begin + 10 * requests
+
+
+def expect_after(history, first, now):
+    """What is expected of a new request when it comes and, after such a first round, at its 30th token."""
+    slots, caps, came = np.array([0]), np.array([4]), np.array([100.0])
+    history.reset(0, now)
+    new = history.expected(slots, now, caps, came)[1][0, 0]
+    history.drew(slots, np.full((1, 1, 4), first), now, came)
+    return new, history.expected(slots, now + 1, caps, np.array([130.0]))[1][0, 0]
+
+
 def after_a_hard_beginning(first, later, requests=40):
     """What is expected of a request after its hard first round, at its 30th token, by a history of such requests."""
     history = History(4)
-    for request in range(requests):
-        history.reset(0, 10 * request)
-        for number, (tokens, level) in enumerate([(0, first), (12, later), (30, later), (40, later)]):
-            slots, contexts = np.array([0]), np.array([100.0 + tokens])
-            history.expected(slots, 10 * request + number, np.array([4]), contexts)
-            history.drew(slots, np.full((1, 1, 4), level), 10 * request + number, contexts)
-    slots, now = np.array([0]), 10 * requests
-    history.reset(0, now)
-    history.expected(slots, now, np.array([4]), np.array([100.0]))
-    history.drew(slots, np.full((1, 1, 4), first), now, np.array([100.0]))
-    return history.expected(slots, now + 1, np.array([4]), np.array([130.0]))[1][0, 0]
+    return expect_after(history, first, live(history, requests, first, later))[1]
 
 
 def test_a_beginning_that_is_always_hard_says_little_of_what_follows():
     assert after_a_hard_beginning(0.1, 0.9) > 2.0
     assert after_a_hard_beginning(0.1, 0.1) < 0.6
+
+
+def test_a_beginning_that_is_hard_no_more_is_soon_forgotten_and_soon_known_again():
+    """What was learned of hard beginnings would confirm itself: too little is expected at first, too much from then on."""
+    history = History(4)
+    now = live(history, 40, 0.1, 0.9)
+    now = live(history, 12, 0.3, 0.3, now)
+    new, later = expect_after(history, 0.3, now)
+    assert 0.9 < new < 1.5
+    assert 0.9 < later < 1.5
+    now = live(history, 8, 0.1, 0.9, now + 10)
+    assert expect_after(history, 0.1, now)[1] > 2.0
 
 
 def test_what_requests_have_in_common_is_scaled_for_those_of_another_kind():

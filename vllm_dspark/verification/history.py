@@ -36,7 +36,10 @@ _WITHIN, _FIRST = 1.0, 1.5  # prior variances of Σ survival: of a request's rou
 _WITHIN_MEMORY, _FIRST_MEMORY = 64.0, (4.0, 24.0)  # draft rounds and requests that they reach back
 _PHASES = 6  # of a request: from 0, 4, 12, 28, 60 and 124 tokens on
 _PHASE_PRIOR, _PHASE_MEMORY = 16.0, 64.0  # requests that "all phases are alike" counts, and that a phase's average reaches back
+_HOLDS = 0.1  # evidence (squared shares) that what was learned of phases holds for whoever comes
+_HOLDS_MEMORY = 8.0  # changes of phase after which what they said of that counts half
 _ALIKE = 4  # most draft rounds of different requests in one round that count as so many: they may all be in the same phase
+_LEAST_LEVEL = 0.25  # to compare a share with
 _JUMP = 9.0  # squared deviation, in variances, at which an average is given up
 _REQUEST_PRECISION = (4.0, 8.0)  # of a request's correction: prior, most
 _POSITION_PRECISION = (8.0, 80.0)  # of a position's correction: prior, most
@@ -83,6 +86,8 @@ class History:
         self.drafted = self.looked = 0  # draft rounds, and requests that had at least one
         self.within, self.first = _WITHIN, _FIRST
         self._firsts = _FIRST_MEMORY[0]
+        self._came = self._told = 0.0  # of recent changes of phase: Σ told · came and Σ told², see _compare_change
+        self._more = self._effects()
 
     def reset(self, slot: int, now: int) -> None:
         """Give a slot to a new request: nothing known but the fleet; grows when the slot is beyond the end."""
@@ -128,7 +133,7 @@ class History:
             gain[new] += hope * (self._prior_gain - gain[new])
         phase = self.phases(slots, contexts)
         level = self._level(gain)
-        more_number, more_gain = self._effects()
+        more_number, more_gain = self._more
         number = np.minimum(np.maximum(number + level * more_number[phase], 0.0), float(self.width))
         gain = np.minimum(np.maximum(gain + level * more_gain[phase], 0.0), number)
         if caps.size and caps.min() < self.width:  # the yields were measured without the cap
@@ -167,7 +172,7 @@ class History:
         usual = self._shrunk(slots, now)
         level = self._level(usual[1])
         number, gain = numbers.reshape(rounds, requests, -1).mean(axis=0), gains.reshape(rounds, requests, -1).mean(axis=0)
-        more_number, more_gain = self._effects()
+        more_number, more_gain = self._more
         if not settled:
             self._learn_phases(slots, phase, level, number - usual[0], gain - usual[1])
         number, gain = number - level * more_number[phase], gain - level * more_gain[phase]
@@ -193,20 +198,27 @@ class History:
         self.recent[slots] = survival[-1]
         self.last[slots] = now
         self._learn_fleet(number.mean(axis=0), gain.mean(axis=0), mean.mean(axis=0), requests * rounds, now, settled)
+        self._more = self._effects()
 
     def _effects(self) -> tuple[Floats, Floats]:
         """What phases have beyond what is usual, ``(phases, thresholds)``, in shares of the level.
 
-        As long as few requests have been in a phase it is taken to be like the one before.
+        As long as few requests have been in a phase it is taken to be like the one before. All of it counts less when requests
+        have come whom it does not fit.
         """
-        number, gain = self.phase_number.copy(), self.phase_gain.copy()
-        before = _PHASE_PRIOR * self._usual()
-        for phase, known in enumerate((self.phase_weight / (self.phase_weight + before)).tolist()):
-            for effects in (number, gain):
-                effects[phase] *= known
-                if phase:
-                    effects[phase] += (1.0 - known) * effects[phase - 1]
-        return number, gain
+        holds = min(max((self._came + _HOLDS) / (self._told + _HOLDS), 0.0), 1.0)
+        number, gain = self._learned()
+        return holds * number, holds * gain
+
+    def _learned(self) -> tuple[Floats, Floats]:
+        """The same, whomever it fits."""
+        shares, each = np.zeros(_PHASES), np.zeros((_PHASES, _PHASES))
+        known = self.phase_weight / (self.phase_weight + _PHASE_PRIOR * self._usual())
+        for phase, share in enumerate(known.tolist()):
+            shares *= 1.0 - share
+            shares[phase] = share
+            each[phase] = shares
+        return each @ self.phase_number, each @ self.phase_gain
 
     def _usual(self) -> float:
         """What a request counts in the weight of a phase."""
@@ -218,8 +230,12 @@ class History:
         In shares of the ``level`` expected, ``(n, 1)``, so that it holds for requests of another kind as well. Requests are
         compared with themselves: those of a phase may be others than those of all rounds.
         """
-        entered = (self.phase[slots] != phase) & (self.weight[slots] >= 1.0)
+        before = self.phase[slots]
+        entered = (before != phase) & (self.weight[slots] >= 1.0)
         self.phase[slots] = phase
+        if not entered.any():
+            return
+        self._compare_change(before[entered], phase[entered], gain[entered, 0] / np.maximum(level[entered, 0], _LEAST_LEVEL))
         for each in np.unique(phase[entered]):
             here = entered & (phase == each)
             came = float((level[here] ** 2).sum())
@@ -227,6 +243,14 @@ class History:
             weight = max(weight, 1e-9)
             self.phase_number[each] += (level * (number - level * self.phase_number[each]))[here].sum(axis=0) / weight
             self.phase_gain[each] += (level * (gain - level * self.phase_gain[each]))[here].sum(axis=0) / weight
+
+    def _compare_change(self, before: Slots, phase: Slots, gain: Floats) -> None:
+        """What was learned of the change between these phases with what came, all ``(n,)``; ``gain`` in shares of the level."""
+        learned = self._learned()[1][:, 0]
+        told = learned[phase] - learned[before]
+        kept = 0.5 ** (told.size / _HOLDS_MEMORY)
+        self._told = kept * self._told + float(told @ told)
+        self._came = kept * self._came + float(told @ (gain - self._more[1][before, 0]))
 
     def _learn_spread(self, level: Floats, own: Floats, weight: Floats, new: NDArray[np.bool_]) -> None:
         """How much Σ survival varies between the rounds of a request, and between a new request and the fleet; all ``(n,)``."""
@@ -283,7 +307,8 @@ class History:
         gained = float((scaled * scaled * information).sum())
         self.factor_precision = min(self.factor_precision + gained, _FACTOR_PRECISION[1] + 2.0 * gained)
         step = float((scaled * surprise).sum()) / self.factor_precision
-        self.factor = np.clip(self.factor * math.exp(min(max(step, -_FACTOR_STEP), _FACTOR_STEP)), *_FACTOR)
+        factor = self.factor * math.exp(min(max(step, -_FACTOR_STEP), _FACTOR_STEP))
+        self.factor = np.minimum(np.maximum(factor, _FACTOR[0]), _FACTOR[1])
 
     def fitted(self, positions: NDArray[np.bool_]) -> None:
         """New temperatures of these positions have been found: the factor has done its work there."""
@@ -325,6 +350,7 @@ class History:
         self.factor, self.factor_precision = arrays["factor"], float(state["factor_precision"])
         self.drafted, self.looked = int(self.fleet_weight), int(state["looked"])
         self.within, self.first = float(state["within"]), float(state["first"])
+        self._more = self._effects()
 
 
 def survivals(conditional: Floats) -> Survival:
