@@ -365,7 +365,7 @@ def test_most_rounds_without_drafts_need_no_decision(monkeypatch):
     policy = make(STEEP)
     play(policy, 300, 0.3)
     decided = []
-    monkeypatch.setattr(policy, "_decide", lambda plan, decide=policy._decide: decided.append(1) or decide(plan))
+    monkeypatch.setattr(policy, "_decide", lambda *plan, decide=policy._decide: decided.append(1) or decide(*plan))
     play(policy, 200, 0.3)
     assert len(decided) < 50
 
@@ -639,6 +639,44 @@ def test_a_decision_that_everybody_drafts_stands_again_after_one_left():
     play(policy, 5, 0.95, names=("a", "b"))
     assert policy._plan is decided
     assert policy.explain()["rows"] == 2
+
+
+@pytest.mark.parametrize(
+    ("leave", "come", "limits", "stands"),
+    [
+        (0, 0, [4] * 8, True), (0, 0, [3] * 8, True), (0, 0, [2] * 8, False), (0, 0, [4] * 7 + [1], True),
+        (0, 0, [4] * 7 + [0], True), (1, 1, [4] * 8, True), (4, 4, [4] * 8, True), (5, 5, [4] * 8, False),
+        (2, 0, [4] * 6, True), (3, 0, [4] * 5, False), (0, 2, [4] * 10, True), (0, 3, [4] * 11, False),
+        (1, 1, [4, 3, 2, 4, 4, 4, 0, 4], True),
+    ],
+)  # fmt: skip
+def test_how_much_may_change_where_everybody_drafts(monkeypatch, leave, come, limits, stands):
+    """The requests and the room for drafts; whoever then has room drafts, and no more than there is room for."""
+    names = [f"r{index}" for index in range(8)]
+    policy = make()
+    play(policy, 60, 0.95, names=names, limits=np.full(8, 4))
+    while policy._standing._until < policy.round + 2:
+        play(policy, 1, 0.95, names=names, limits=np.full(8, 4))
+    compared = []
+    monkeypatch.setattr(policy, "_compare", lambda *given, compare=policy._compare: compared.append(1) or compare(*given))
+    now = [*names[leave:], *(f"new{index}" for index in range(come))]
+    decision = policy.begin_round(RoundInput(now, np.full(len(now), 100), np.array(limits)))
+    assert not compared if stands else compared
+    assert decision.reason == "pays"
+    assert decision.rows.tolist() == np.flatnonzero(limits).tolist()
+    lengths = policy.lengths(np.full((decision.rows.size, policy.width), 0.95))
+    assert lengths.tolist() == [limit for limit in limits if limit]
+    again = policy.begin_round(RoundInput(now, np.full(len(now), 100), np.array(limits)))
+    assert again.rows.tolist() == decision.rows.tolist()
+
+
+def test_a_lone_request_is_decided_on_when_it_comes(monkeypatch):
+    policy = make()
+    play(policy, 60, 0.95, names=("a",))
+    compared = []
+    monkeypatch.setattr(policy, "_compare", lambda *given, compare=policy._compare: compared.append(1) or compare(*given))
+    policy.begin_round(RoundInput(("b",), np.full(1, 100)))
+    assert compared
 
 
 @pytest.mark.parametrize("others", [(), ("off",), ("off", "fixed")])

@@ -115,7 +115,7 @@ def choose(cost: CostModel, load: Load, number: Floats, gain: Floats, contexts: 
     Args:
         number, gain: N and G, ``(A, thresholds)``. contexts: ``(A,)``. speed: tokens per second every request must keep.
     """
-    off_seconds = _seconds_off(cost, load)
+    off_seconds = seconds_off(cost, load)
     off = load.sure_yield / off_seconds
     counts = _counts(number.shape[0])
     if counts.size == 0:
@@ -169,7 +169,8 @@ def _filled(tokens: Floats, yielded: Floats, more: Floats) -> Floats:
     return np.array([np.interp(wanted, have[::-1], gained[::-1]) for wanted, have, gained in rows])
 
 
-def _seconds_off(cost: CostModel, load: Load) -> float:
+def seconds_off(cost: CostModel, load: Load) -> float:
+    """The round if no adaptive request drafts."""
     cost.reserve(load.sure_tokens + 1)
     at = cost.at(np.array([float(load.sure_tokens)]), load.requests, load.context, np.array([load.token_context]))
     upkeep = cost.upkeep(load.sure_tokens) if load.drafted == 0 else 0.0

@@ -220,7 +220,7 @@ class CostModel:
 
     def _verifying(self, requests: NDArray[np.integer] | int) -> Floats:
         count = np.asarray(requests)
-        return np.asarray(np.where(count > 0, self.table.verifying + self.table.verifying_per_request * count, 0.0))
+        return np.asarray(self.table.verifying * (count > 0) + self.table.verifying_per_request * count)
 
     def upkeep(self, tokens: float) -> float:
         """Keeping the drafter's context K/V current for one step without drafts."""

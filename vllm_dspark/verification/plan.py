@@ -79,6 +79,14 @@ class Plan:
         """The same decision for the next round."""
         self.lengths = self.accepted = None
 
+    def lower(self, limits: Rows) -> bool:
+        """Take over lower limits ``(R,)``; False, and nothing is changed, if one of those that draft no longer can."""
+        caps: Rows = np.minimum(self.caps, limits)
+        if not (caps[self.decision.rows] > 0).all():
+            return False
+        self.caps, self._curve = caps, None
+        return True
+
     def curve(self, cost: CostModel) -> Floats:
         """Time of the round by drafts verified of the adaptive rows, ``(Σ caps + 1,)``; infinite beyond the speed objective.
 

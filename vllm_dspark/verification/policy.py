@@ -102,6 +102,8 @@ class Policy:
         plan = self._plan
         affordable = plan is not None and (not plan.decision.drafting or self.ledger.may_speculate())
         if plan is not None and affordable and self._standing.stands(inputs, self.round):
+            if plan.decision.drafting and not (self._standing.unchanged(inputs) or self._standing.lowered(inputs, plan)):
+                plan = self._plan = self._decided(inputs, plan)
             plan.again()
         else:
             plan = self._plan = self._decided(inputs)
@@ -126,16 +128,20 @@ class Policy:
         self.ledger.spent(plan.off_seconds, plan.off_seconds)  # of the round before, whose time nobody will tell
         return True
 
-    def _decided(self, inputs: RoundInput) -> Plan:
+    def _decided(self, inputs: RoundInput, standing: Plan | None = None) -> Plan:
+        """A new plan; ``standing``: that by which everybody drafts, if these only take it over."""
         self._guarded(self._learn_yields)
         plan = self._prepare(inputs)
         try:
             with np.errstate(all="ignore"):
-                self._decide(plan)
+                self._decide(plan, standing)
         except Exception as error:
             self._fail(f"{type(error).__name__}: {error}")
             plan.kinds = np.where(plan.kinds == _ADAPTIVE, self._kind(None), plan.kinds)
             self._draft(plan, (plan.kinds == _FIXED).nonzero()[0], NOBODY, "policy failed")
+        if standing and plan.decision.drafting:
+            self._standing.made_for(inputs)
+            return plan
         idle = plan.decision.reason in ("does not pay", "guarded") and not plan.decision.drafting
         wake = self.probing.wake(plan.slots, self.round, alone=idle)
         self._standing.decided(inputs, plan.decision, self.round, wake, plan.able)
@@ -164,7 +170,7 @@ class Policy:
         wanted = self.options.fixed_drafts
         return caps if wanted is None else np.minimum(caps, wanted)
 
-    def _decide(self, plan: Plan) -> None:
+    def _decide(self, plan: Plan, standing: Plan | None) -> None:
         forced = ((plan.kinds == _FIXED) & (self._fixed(plan.caps) > 0)).nonzero()[0]
         rows = ((plan.kinds == _ADAPTIVE) & (plan.caps > 0)).nonzero()[0]
         plan.able = forced.size + rows.size
@@ -172,6 +178,12 @@ class Policy:
             self._draft(plan, forced, NOBODY, "fixed" if forced.size else plan.decision.reason)
             return
         plan.load = choice.load_of(plan, forced, self._fixed(plan.caps[forced]), self.history.mean[plan.slots[forced]])
+        if standing:
+            plan.off_seconds, plan.time_limit = choice.seconds_off(self.cost, plan.load), standing.time_limit
+            plan.floor = self._floor
+            self.probing.decided(plan.slots[rows], plan.slots[rows], self.round)
+            self._draft(plan, np.sort(np.concatenate([forced, rows])), NOBODY, standing.decision.reason)
+            return
         found, rows = self._compare(self.cost, plan, rows)
         reason = self._judge.reason(found, plan, self._yield.doubt, self.round)
         if reason == "pays":
@@ -257,11 +269,11 @@ class Policy:
         if raw is None:
             plan.good, logits = np.ones(rows.size, dtype=bool), self.history.guess(rows.size)
         else:
-            plan.good = usable(raw)
+            plan.good, said = usable(raw), raw
             if not plan.good.all():
-                caps = np.minimum(caps, leading(raw))
+                caps, said = np.minimum(caps, leading(raw)), np.where(plan.good[:, None], raw, 0.5)
                 self.counters["rows with unusable confidences"] += int(np.count_nonzero(~plan.good))
-            logits = logit(np.where(plan.good[:, None], raw, 0.5)) / self.sts.temperatures
+            logits = logit(said) / self.sts.temperatures
         plan.raw, plan.conditional = raw, self.history.conditional(slots, logits)
         survival = history.survivals(plan.conditional)
         plan.lengths = lengths = self._allot(plan, survival, caps)

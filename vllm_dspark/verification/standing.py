@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vllm_dspark.verification.plan import Plan
 from vllm_dspark.verification.records import DraftDecision, RoundInput, Rows
 
 _IDLE, _DRAFTING = 32, 6  # rounds for which a decision not to draft, and one to draft, stands at most
-_CROWD = 0.5  # share of the requests that may be others, where a decision not to draft stands
+_CROWD = 0.5  # share of the requests that may be others, where a decision for all of them stands
 _LEAVING = 0.25  # share of the requests by which there may be fewer: drafting pays sooner then
+_ROOM = 0.25  # share of the room for drafts by which it may have changed, where a decision that everybody drafts stands
 SILENT = "nobody can draft"
 TRIAL = "on trial"
 TRYING = "trying"
@@ -24,9 +26,10 @@ class Standing:
         self._limits: Rows | None = None
         self._other_tokens = 0
         self._rows: Rows = np.zeros(0, dtype=np.int64)
-        self._agreed = self._until = 0
+        self._agreed = self._until = self._room = 0
         self._everybody = False
-        self._known: frozenset[str] | None = None
+        self._known: frozenset[str] = frozenset()
+        self._crowded = False
         self.silent = False  # whether nobody could draft
 
     def drop(self) -> None:
@@ -42,17 +45,17 @@ class Standing:
         self._until, self.silent = now, decision.reason == SILENT
         if decision.reason in ONCE or decision.probes.any():
             return
-        before, self._everybody = self._everybody, 0 < decision.rows.size == able
+        before, self._everybody = self._everybody, decision.rows.size == able
         same = (before and self._everybody) or np.array_equal(self._rows, decision.rows)
         self._agreed = self._agreed + 1 if same else 0
         self._rows = decision.rows
         span = min(self._agreed, _DRAFTING) if decision.drafting else min(2 * self._agreed, _IDLE)
         self._until = min(now + span, wake - 1)
         if span:
-            self._requests = inputs.requests[:]  # the caller may go on with the same list
-            self._limits = None if inputs.limits is None else np.array(inputs.limits)
-            self._other_tokens = inputs.other_tokens
-            self._known = frozenset(self._requests) if decision.reason in _CROWDED and not decision.drafting else None
+            self.made_for(inputs)
+            self._other_tokens, self._room = inputs.other_tokens, _room(inputs)
+            self._known = frozenset(self._requests)
+            self._crowded = decision.reason in _CROWDED and not decision.drafting
 
     def rests(self, requests: Sequence[str], now: int) -> bool:
         """Whether the last decision, if it was not to draft, answers round ``now`` of these requests as well.
@@ -61,28 +64,55 @@ class Standing:
         """
         if now > self._until or self._rows.size:
             return False
-        return self._same_crowd(requests) if self._known is not None else requests == self._requests
+        return self._same_crowd(requests) if self._crowded else requests == self._requests
 
     def stands(self, inputs: RoundInput, now: int) -> bool:
         """Whether the last decision answers this round as well."""
         if now > self._until:
             return False
-        if self._known is not None:
+        if self._crowded:
             return self._same_crowd(inputs.requests)
-        if inputs.other_tokens != self._other_tokens or inputs.requests != self._requests:
+        if inputs.other_tokens != self._other_tokens:
+            return False
+        if self._everybody:
+            return self._mostly(inputs.requests) and abs(_room(inputs) - self._room) <= _ROOM * self._room
+        return self.unchanged(inputs)
+
+    def unchanged(self, inputs: RoundInput) -> bool:
+        """Whether these are the requests that it was made for, with as much room for drafts."""
+        if inputs.requests != self._requests:
             return False
         if inputs.limits is None or self._limits is None:
             return inputs.limits is self._limits
         return bool((inputs.limits == self._limits).all())
 
+    def lowered(self, inputs: RoundInput, plan: Plan) -> bool:
+        """Whether these are the requests that the plan was made for, and it now holds for the room that is left for drafts."""
+        if inputs.requests != self._requests or inputs.limits is None or not plan.lower(np.asarray(inputs.limits)):
+            return False
+        self._limits = np.array(inputs.limits)
+        return True
+
+    def made_for(self, inputs: RoundInput) -> None:
+        """These are the requests that it answers for."""
+        self._requests = inputs.requests[:]  # the caller may go on with the same list
+        self._limits = None if inputs.limits is None else np.array(inputs.limits)
+
     def _same_crowd(self, requests: Sequence[str]) -> bool:
         """Whether at least half of these requests were there when it was decided, and about as many."""
-        assert self._known is not None
         if requests == self._requests:
             return True
-        before, staying = len(self._known), len(self._known.intersection(requests))
-        most = max(before, len(requests))
-        if most - staying > _CROWD * before or before - len(requests) > _LEAVING * before:
+        before = len(self._known)
+        if before - len(requests) > _LEAVING * before or not self._mostly(requests):
             return False
         self._requests = requests[:]
         return True
+
+    def _mostly(self, requests: Sequence[str]) -> bool:
+        before, staying = len(self._known), len(self._known.intersection(requests))
+        return max(before, len(requests)) - staying <= _CROWD * before
+
+
+def _room(inputs: RoundInput) -> int:
+    """For how many drafts there is room; where nothing limits them, in multiples of γ."""
+    return len(inputs.requests) if inputs.limits is None else int(np.sum(inputs.limits))

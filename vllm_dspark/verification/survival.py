@@ -13,7 +13,7 @@ def logit(confidences: ArrayLike) -> Floats:
     """log(c / (1 - c)), any shape, clipped to ±30; 0 and 1 are finite, NaN stays NaN."""
     values = np.asarray(confidences, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(np.clip(np.log(values) - np.log1p(-values), -LOGIT_LIMIT, LOGIT_LIMIT))
+        return np.asarray(np.minimum(np.maximum(np.log(values) - np.log1p(-values), -LOGIT_LIMIT), LOGIT_LIMIT))
 
 
 def sigmoid(logits: ArrayLike) -> Floats:
