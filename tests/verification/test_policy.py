@@ -679,6 +679,19 @@ def test_a_lone_request_is_decided_on_when_it_comes(monkeypatch):
     assert compared
 
 
+@pytest.mark.parametrize(("requests", "times"), [(1, 1.0), (2, 8 / 7), (8, 2.0), (20, 2.0)])
+def test_a_probe_is_charged_up_to_twice_where_many_ask_for_it(requests, times):
+    names = [f"r{index}" for index in range(requests)]
+    policy = make(STEEP)
+    play(policy, 60, 0.1, names=names)
+    policy.ledger.credit, policy.probing.fleet_due = 1.0, 0
+    policy.probing.due[:] = 0
+    policy._standing.drop()
+    before = policy.ledger.probing
+    assert policy.begin_round(RoundInput(names, np.full(len(names), 100))).reason == "probing"
+    assert policy.ledger.probing - before == pytest.approx(times * policy._plan.probe_seconds)
+
+
 @pytest.mark.parametrize("others", [(), ("off",), ("off", "fixed")])
 def test_who_may_not_draft_is_not_among_everybody(others):
     policy = make()

@@ -36,6 +36,7 @@ logger = logging.getLogger("vllm.dspark")
 _ADAPTIVE, _FIXED = KINDS.index("adaptive"), KINDS.index("fixed")
 _UNTRIED = 32  # requests that draft together until so many have
 MANY = 16  # requests from which their last survivals together stand for this round's
+_SEVERAL = 8  # requests that could draft where a probe is charged twice its price: new ones keep coming, and all ask for it
 _STALL = 1.25  # longest that a stalled step counts against drafting, times what was expected
 _SHARED = 0.7  # largest error (log) of the expected time that is put down to the machine being slower or faster today
 NOBODY: Rows = np.zeros(0, dtype=np.int64)
@@ -220,7 +221,7 @@ class Policy:
             return NOBODY
         seconds = price(cost, plan.load, already, float(plan.contexts[idle].mean()))
         probes, plan.probe_seconds = self.probing.select(idle, plan.slots[idle], self.round, seconds, self.ledger, already == 0)
-        self.ledger.probed(plan.probe_seconds)
+        self.ledger.probed(plan.probe_seconds * (1.0 + min((plan.able - 1) / (_SEVERAL - 1), 1.0)))
         return probes
 
     def _draft(self, plan: Plan, rows: Rows, probes: Rows, reason: str) -> None:
