@@ -52,12 +52,9 @@ def test_context_of_earlier_tokens_is_not_counted_as_drafting(monkeypatch: pytes
     assert told == [pytest.approx(0.25 + 0.02)]
 
 
-@pytest.mark.parametrize(
-    ("outputs", "shared", "left"),
-    [(1, True, [5, 9]), (2, True, [5, 9]), (3, True, [9]), (4, True, [9]), (4, False, [7, 5, 9])],
-)
-def test_an_ended_request_leaves_only_full_blocks_that_are_shared(outputs: int, shared: bool, left: list[int]) -> None:
-    """A prompt of 29 tokens, in blocks of 16; the last block is the one kept for drafts."""
+@pytest.mark.parametrize(("tokens", "left"), [(31, [5, 9]), (32, [9]), (33, [9])])
+def test_an_ended_request_leaves_only_full_blocks(tokens: int, left: list[int]) -> None:
+    """In blocks of 16; the last block is the one kept for drafts."""
     pytest.importorskip("vllm")
     from vllm_dspark.engine import v1
 
@@ -65,11 +62,10 @@ def test_an_ended_request_leaves_only_full_blocks_that_are_shared(outputs: int, 
     proposer.kv_cache_gid = 1
     group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))
     proposer.runner = SimpleNamespace(kv_cache_config=SimpleNamespace(kv_cache_groups=[None, group]))
-    proposer.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(enable_prefix_caching=shared))
     told: list[Any] = []
     proposer.context = SimpleNamespace(forget=lambda blocks, size: told.append((blocks, size)))
     request = SimpleNamespace(
-        sampling_params=None, num_prompt_tokens=29, output_token_ids=[3] * outputs, block_ids=([1, 2, 3], [7, 5, 9])
+        sampling_params=None, num_prompt_tokens=29, output_token_ids=[], num_tokens=tokens, block_ids=([1, 2, 3], [7, 5, 9])
     )
     proposer.gone(v1.Served.of(request))
     assert told == [(left, 16)]

@@ -111,12 +111,15 @@ def test_drafting_resumes_undiminished_after_200_tokens_off(engines: Engines) ->
 
 
 def test_blocks_shared_through_the_cache_are_complete_though_their_owner_never_drafted(engines: Engines, cache: Path) -> None:
+    """The owners have ended, each with a full block and part of another, before any of their context is written."""
     engine = engines.get(**COMMON, enable_prefix_caching=True, speculative_config=adaptive(cache))
     texts = demo.prompts("records")[24:40]
-    engine.generate(texts, max_tokens=96, concurrency=4, extra_args={"dspark_policy": "off"})
-    shared = engine.generate(texts, max_tokens=96, concurrency=4, extra_args={"dspark_policy": "fixed"})
+    owners = engine.generate(texts, max_tokens=96, concurrency=4, extra_args={"dspark_policy": "off"})
+    prompts = [prompt + output for prompt, output in zip(engine.tokenize(texts), owners.token_ids, strict=True)]
+    shared = engine.generate(prompts, max_tokens=48, concurrency=4, extra_args={"dspark_policy": "fixed"})
+    assert min(shared.cached) >= 128
     own = engines.get(**COMMON, enable_prefix_caching=False, speculative_config=speculative(demo.drafter("gated")))
-    alone = own.generate(texts, max_tokens=96, concurrency=4)
+    alone = own.generate(prompts, max_tokens=48, concurrency=4)
     assert shared.token_ids == alone.token_ids
     assert shared.accepted_at == pytest.approx(alone.accepted_at, abs=0.02 * alone.drafts)
 

@@ -641,6 +641,18 @@ def test_a_decision_that_everybody_drafts_stands_again_after_one_left():
     assert policy.explain()["rows"] == 2
 
 
+def standing_for(names, monkeypatch, limits=4, **options):
+    """A policy whose decision that all of these draft stands for two rounds yet, and the comparisons it makes from now on."""
+    policy = make(**options)
+    given = np.broadcast_to(limits, len(names)).copy()
+    play(policy, 60, 0.95, names=names, limits=given)
+    while policy._standing._until < policy.round + 2:
+        play(policy, 1, 0.95, names=names, limits=given)
+    compared = []
+    monkeypatch.setattr(policy, "_compare", lambda *given, compare=policy._compare: compared.append(1) or compare(*given))
+    return policy, compared
+
+
 @pytest.mark.parametrize(
     ("leave", "come", "limits", "stands"),
     [
@@ -653,12 +665,7 @@ def test_a_decision_that_everybody_drafts_stands_again_after_one_left():
 def test_how_much_may_change_where_everybody_drafts(monkeypatch, leave, come, limits, stands):
     """The requests and the room for drafts; whoever then has room drafts, and no more than there is room for."""
     names = [f"r{index}" for index in range(8)]
-    policy = make()
-    play(policy, 60, 0.95, names=names, limits=np.full(8, 4))
-    while policy._standing._until < policy.round + 2:
-        play(policy, 1, 0.95, names=names, limits=np.full(8, 4))
-    compared = []
-    monkeypatch.setattr(policy, "_compare", lambda *given, compare=policy._compare: compared.append(1) or compare(*given))
+    policy, compared = standing_for(names, monkeypatch)
     now = [*names[leave:], *(f"new{index}" for index in range(come))]
     decision = policy.begin_round(RoundInput(now, np.full(len(now), 100), np.array(limits)))
     assert not compared if stands else compared
@@ -670,12 +677,45 @@ def test_how_much_may_change_where_everybody_drafts(monkeypatch, leave, come, li
     assert again.rows.tolist() == decision.rows.tolist()
 
 
+def test_who_regains_room_drafts_that_much(monkeypatch):
+    policy, compared = standing_for("abcdefgh", monkeypatch, [4] * 7 + [2])
+    policy.begin_round(RoundInput("abcdefgh", np.full(8, 100), np.full(8, 4)))
+    assert not compared
+    assert policy.lengths(np.full((8, 4), 0.95)).tolist() == [4] * 8
+
+
+@pytest.mark.parametrize("options", [{"policy": "off"}, {"max_draft_tokens": 0}, {"max_draft_tokens": 2}])
+def test_requests_with_options_of_their_own_are_decided_on_when_they_come(monkeypatch, options):
+    policy, compared = standing_for("abcdefgh", monkeypatch)
+    policy.add("new", **options)
+    policy.begin_round(RoundInput(["new", *"bcdefgh"], np.full(8, 100), np.full(8, 4)))
+    assert compared
+
+
+def test_where_every_request_must_keep_a_speed_newcomers_are_decided_on(monkeypatch):
+    policy, compared = standing_for("abcdefgh", monkeypatch, min_tokens_per_second_per_request=1.0)
+    policy.begin_round(RoundInput(["new", *"bcdefgh"], np.full(8, 100), np.full(8, 4)))
+    assert compared
+
+
+def test_a_decision_that_is_taken_over_fills_the_next_step_and_no_more():
+    """16 requests have 48 tokens left below the cliff; 20 have 44."""
+    table = CostTable((32, 48, 64, 128), (0.0108, 0.0108, 0.0108, 0.024), (1, 512), (0.0005, 0.0006), captured=128)
+    policy = make(table, width=7)
+    names = [f"r{index}" for index in range(16)]
+    for _ in range(40):
+        play(policy, 1, 0.9, names=names)
+    while policy._standing._until < policy.round + 2:
+        play(policy, 1, 0.9, names=names)
+    assert play(policy, 1, 0.9, names=names).sum() == 48
+    more = [*names, *(f"new{index}" for index in range(4))]
+    assert policy._standing._until > policy.round
+    assert play(policy, 1, 0.9, names=more).sum() == 44
+
+
 def test_a_lone_request_is_decided_on_when_it_comes(monkeypatch):
-    policy = make()
-    play(policy, 60, 0.95, names=("a",))
-    compared = []
-    monkeypatch.setattr(policy, "_compare", lambda *given, compare=policy._compare: compared.append(1) or compare(*given))
-    policy.begin_round(RoundInput(("b",), np.full(1, 100)))
+    policy, compared = standing_for(("a",), monkeypatch)
+    policy.begin_round(RoundInput(("b",), np.full(1, 100), np.full(1, 4)))
     assert compared
 
 
@@ -687,9 +727,12 @@ def test_a_probe_is_charged_up_to_twice_where_many_ask_for_it(requests, times):
     policy.ledger.credit, policy.probing.fleet_due = 1.0, 0
     policy.probing.due[:] = 0
     policy._standing.drop()
-    before = policy.ledger.probing
+    took = policy.ledger.probing
     assert policy.begin_round(RoundInput(names, np.full(len(names), 100))).reason == "probing"
-    assert policy.ledger.probing - before == pytest.approx(times * policy._plan.probe_seconds)
+    seconds = policy._plan.probe_seconds
+    assert seconds > 0
+    assert policy.ledger.probing - took == pytest.approx(seconds)
+    assert policy.ledger.credit == pytest.approx(1.0 - times * seconds)
 
 
 @pytest.mark.parametrize("others", [(), ("off",), ("off", "fixed")])

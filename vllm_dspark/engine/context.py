@@ -34,15 +34,14 @@ class DeferredContext:
         Args:
             write: takes concatenated target states ``[T, m*d]``, positions ``[T]`` and cache slots ``[T]``; some slots may be
                 ``NO_SLOT``.
-            limit: tokens that there are never as many as; 0 writes every step at once (needed where another process reads the
-                cache).
+            limit: fewer tokens than this wait; 0 writes every step at once (needed where another process reads the cache).
             together: most tokens of one write, at most ``limit``; None: that.
         """
         self._write, self._limit, self._together = write, limit, min(together or limit, limit)
         self._parts: list[Part] = []
         self.tokens = 0
         self._before_last = self._added = 0  # tokens that ever were added, without those of the last step and with them
-        self._block, self._ended = 1, np.zeros(1, dtype=np.int64)  # by block: the first token that is not to be forgotten
+        self._block_size, self._forgotten = 1, np.zeros(1, dtype=np.int64)  # by block: before which token nothing is wanted
 
     def add(self, states: States, positions: Tensor, slots: Tensor) -> None:
         """Keep a step's tokens. ``states`` must be the caller's to give; the other two may be views that change later."""
@@ -63,11 +62,11 @@ class DeferredContext:
         """
         if not blocks:
             return
-        missing = max(blocks) + 2 - self._ended.size  # the last is nobody's
+        missing = max(blocks) + 2 - self._forgotten.size  # the last is nobody's
         if missing > 0:
-            self._ended = np.concatenate([self._ended, np.zeros(max(missing, self._ended.size), dtype=np.int64)])
-        self._block = size
-        self._ended[list(blocks)] = self._before_last
+            self._forgotten = np.concatenate([self._forgotten, np.zeros(max(missing, self._forgotten.size), dtype=np.int64)])
+        self._block_size = size
+        self._forgotten[list(blocks)] = self._before_last
 
     def write(self) -> None:
         """Write what is kept."""
@@ -80,7 +79,7 @@ class DeferredContext:
         parts = self._take(count)
         states = _joined([states for states, _, _ in parts])
         positions, slots = torch.cat([positions for _, positions, _ in parts]), torch.cat([slots for *_, slots in parts])
-        if first < int(self._ended.max()):
+        if first < int(self._forgotten.max()):
             rows = torch.from_numpy(self._wanted(slots.numpy(), first))
             states, positions, slots = states[rows], positions[rows], slots[rows]
             count = rows.shape[0]
@@ -95,8 +94,8 @@ class DeferredContext:
 
     def _wanted(self, slots: NDArray[np.int64], first: int) -> NDArray[np.int64]:
         """Places of those of these tokens, the ``first`` and later ones, that have not been forgotten."""
-        blocks = np.minimum(slots // self._block, self._ended.size - 1)
-        wanted: NDArray[np.int64] = (first + np.arange(slots.size) >= self._ended[blocks]).nonzero()[0]
+        blocks = np.minimum(slots // self._block_size, self._forgotten.size - 1)
+        wanted: NDArray[np.int64] = (first + np.arange(slots.size) >= self._forgotten[blocks]).nonzero()[0]
         return wanted
 
     def _take(self, count: int) -> list[Part]:

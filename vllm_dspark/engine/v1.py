@@ -162,11 +162,9 @@ class DSparkProposer(DFlashProposer):
         return drafts
 
     def gone(self, served: Served) -> None:
-        """A request has ended: nobody will read what lies in a block that it has not filled, or in any that is not shared."""
-        size = self.runner.kv_cache_config.kv_cache_groups[self.kv_cache_gid].kv_cache_spec.block_size
-        shared = self.vllm_config.cache_config.enable_prefix_caching
-        filled = (served.prompt + len(served.outputs)) // size if shared else 0
-        self.context.forget(served.request.block_ids[self.kv_cache_gid][filled:], size)
+        """A request has ended: nobody will read what lies in a block that it has not filled."""
+        size, request = self.runner.kv_cache_config.kv_cache_groups[self.kv_cache_gid].kv_cache_spec.block_size, served.request
+        self.context.forget(request.block_ids[self.kv_cache_gid][request.num_tokens // size :], size)
 
     def write_context(self, states: Tensor, positions: Tensor, slots: Tensor) -> None:
         """Turn concatenated target states ``[T, m*d]`` into the draft layers' K/V in the paged cache."""

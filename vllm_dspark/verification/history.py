@@ -350,6 +350,7 @@ class History:
         self.factor, self.factor_precision = arrays["factor"], float(state["factor_precision"])
         self.drafted, self.looked = int(self.fleet_weight), int(state["looked"])
         self.within, self.first = float(state["within"]), float(state["first"])
+        self._came = self._told = 0.0
         self._more = self._effects()
 
 

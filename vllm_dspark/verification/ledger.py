@@ -61,10 +61,10 @@ class Ledger:
             seconds = max(seconds, 0.0)
         self.balance = min(self.balance + seconds, _LARGEST * self.typical_round)
 
-    def probed(self, seconds: float) -> None:
-        """A probe takes this much longer than no probe."""
+    def probed(self, seconds: float, times: float = 1.0) -> None:
+        """A probe takes this much longer than no probe, and is charged for as often."""
         self.probing += seconds
-        self.credit -= seconds
+        self.credit -= times * seconds
 
     def explain(self) -> dict[str, float]:
         """The numbers, by name."""

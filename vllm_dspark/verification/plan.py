@@ -38,8 +38,9 @@ class Plan:
     Attributes:
         requests: ids. slots, kinds, caps, contexts: per request, ``(R,)``. tokens: sure tokens of the target step.
         decision, load: see there. able: requests that could draft. off_seconds: the round if no adaptive request drafts.
-            draft_seconds: predicted for the decision's rows. probe_seconds: what its probes add. stake: what it was charged for
-            beforehand, if it is on trial. time_limit: longest round the speed objective allows.
+            draft_seconds: predicted for the decision's rows. probe_seconds: what its probes add, for which they are charged
+            ``probe_times``. stake: what it was charged for beforehand, if it is on trial. time_limit: longest round the speed
+            objective allows.
         adaptive: which rows of the decision are, ``(n,)``. floor: see :func:`scheduler.synchronous`.
         lengths, conditional, raw, good: per row of the decision, once drafted. expected: drafts of it expected to be
             accepted, ``(n,)``. accepted: drafts of adaptive requests that were. seconds: predicted of the round as drafted.
@@ -59,6 +60,7 @@ class Plan:
     off_seconds: float = 0.0
     draft_seconds: float = 0.0
     probe_seconds: float = 0.0
+    probe_times: float = 1.0
     stake: float | None = None
     time_limit: float = float("inf")
     adaptive: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
@@ -80,7 +82,7 @@ class Plan:
         self.lengths = self.accepted = None
 
     def lower(self, limits: Rows) -> bool:
-        """Take over lower limits ``(R,)``; False, and nothing is changed, if one of those that draft no longer can."""
+        """Take over limits ``(R,)``, none of them higher; False, and nothing is changed, if a row that drafts no longer can."""
         caps: Rows = np.minimum(self.caps, limits)
         if not (caps[self.decision.rows] > 0).all():
             return False

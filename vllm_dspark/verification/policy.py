@@ -102,9 +102,10 @@ class Policy:
         self.round += 1
         plan = self._plan
         affordable = plan is not None and (not plan.decision.drafting or self.ledger.may_speculate())
-        if plan is not None and affordable and self._standing.stands(inputs, self.round):
+        alike = not self.requests.special and self.options.min_tokens_per_second_per_request is None
+        if plan is not None and affordable and self._standing.stands(inputs, self.round, alike):
             if plan.decision.drafting and not (self._standing.unchanged(inputs) or self._standing.lowered(inputs, plan)):
-                plan = self._plan = self._decided(inputs, plan)
+                plan = self._plan = self._decided(inputs, everybody=plan.decision.reason)
             plan.again()
         else:
             plan = self._plan = self._decided(inputs)
@@ -129,18 +130,18 @@ class Policy:
         self.ledger.spent(plan.off_seconds, plan.off_seconds)  # of the round before, whose time nobody will tell
         return True
 
-    def _decided(self, inputs: RoundInput, standing: Plan | None = None) -> Plan:
-        """A new plan; ``standing``: that by which everybody drafts, if these only take it over."""
+    def _decided(self, inputs: RoundInput, everybody: str | None = None) -> Plan:
+        """A new plan; ``everybody``: why everybody drafts, if that is decided already."""
         self._guarded(self._learn_yields)
         plan = self._prepare(inputs)
         try:
             with np.errstate(all="ignore"):
-                self._decide(plan, standing)
+                self._decide(plan, everybody)
         except Exception as error:
             self._fail(f"{type(error).__name__}: {error}")
             plan.kinds = np.where(plan.kinds == _ADAPTIVE, self._kind(None), plan.kinds)
             self._draft(plan, (plan.kinds == _FIXED).nonzero()[0], NOBODY, "policy failed")
-        if standing and plan.decision.drafting:
+        if everybody and plan.decision.drafting:
             self._standing.made_for(inputs)
             return plan
         idle = plan.decision.reason in ("does not pay", "guarded") and not plan.decision.drafting
@@ -171,7 +172,7 @@ class Policy:
         wanted = self.options.fixed_drafts
         return caps if wanted is None else np.minimum(caps, wanted)
 
-    def _decide(self, plan: Plan, standing: Plan | None) -> None:
+    def _decide(self, plan: Plan, everybody: str | None) -> None:
         forced = ((plan.kinds == _FIXED) & (self._fixed(plan.caps) > 0)).nonzero()[0]
         rows = ((plan.kinds == _ADAPTIVE) & (plan.caps > 0)).nonzero()[0]
         plan.able = forced.size + rows.size
@@ -179,11 +180,11 @@ class Policy:
             self._draft(plan, forced, NOBODY, "fixed" if forced.size else plan.decision.reason)
             return
         plan.load = choice.load_of(plan, forced, self._fixed(plan.caps[forced]), self.history.mean[plan.slots[forced]])
-        if standing:
-            plan.off_seconds, plan.time_limit = choice.seconds_off(self.cost, plan.load), standing.time_limit
-            plan.floor = self._floor
+        if everybody:
+            plan.off_seconds = choice.seconds_off(self.cost, plan.load)
             self.probing.decided(plan.slots[rows], plan.slots[rows], self.round)
-            self._draft(plan, np.sort(np.concatenate([forced, rows])), NOBODY, standing.decision.reason)
+            self._draft(plan, rows, NOBODY, everybody)
+            self._look_ahead(self.cost, plan, rows)
             return
         found, rows = self._compare(self.cost, plan, rows)
         reason = self._judge.reason(found, plan, self._yield.doubt, self.round)
@@ -220,8 +221,9 @@ class Policy:
         if idle.size == 0 or not self.probing.due_now(plan.slots[idle], self.round, already == 0).any():
             return NOBODY
         seconds = price(cost, plan.load, already, float(plan.contexts[idle].mean()))
+        plan.probe_times = 1.0 + min((idle.size + drafting - 1) / (_SEVERAL - 1), 1.0)
         probes, plan.probe_seconds = self.probing.select(idle, plan.slots[idle], self.round, seconds, self.ledger, already == 0)
-        self.ledger.probed(plan.probe_seconds * (1.0 + min((plan.able - 1) / (_SEVERAL - 1), 1.0)))
+        self.ledger.probed(plan.probe_seconds, plan.probe_times)
         return probes
 
     def _draft(self, plan: Plan, rows: Rows, probes: Rows, reason: str) -> None:
@@ -368,7 +370,8 @@ class Policy:
             self.ledger.spent(plan.off_seconds, plan.off_seconds)
             return
         if plan.probe_seconds and timing.draft_seconds < 0.5 * plan.draft_seconds:  # not nearly as dear as was feared
-            self.ledger.probed(plan.probe_seconds * (timing.draft_seconds / plan.draft_seconds - 1.0))
+            less = plan.probe_seconds * (timing.draft_seconds / plan.draft_seconds - 1.0)
+            self.ledger.probed(less, plan.probe_times)
         off, spent, measured = plan.off_seconds, plan.seconds, timing.target_seconds + timing.draft_seconds
         if timing.tokens == plan.tokens + int(plan.lengths.sum()):  # as planned: the clock knows better, but for stalls
             spent = min(max(measured, 0.5 * spent), most * spent)

@@ -45,7 +45,7 @@ class Standing:
         self._until, self.silent = now, decision.reason == SILENT
         if decision.reason in ONCE or decision.probes.any():
             return
-        before, self._everybody = self._everybody, decision.rows.size == able
+        before, self._everybody = self._everybody, 0 < decision.rows.size == able
         same = (before and self._everybody) or np.array_equal(self._rows, decision.rows)
         self._agreed = self._agreed + 1 if same else 0
         self._rows = decision.rows
@@ -66,15 +66,15 @@ class Standing:
             return False
         return self._same_crowd(requests) if self._crowded else requests == self._requests
 
-    def stands(self, inputs: RoundInput, now: int) -> bool:
-        """Whether the last decision answers this round as well."""
+    def stands(self, inputs: RoundInput, now: int, alike: bool = True) -> bool:
+        """Whether the last decision answers this round as well; ``alike``: requests have no options of their own."""
         if now > self._until:
             return False
         if self._crowded:
             return self._same_crowd(inputs.requests)
         if inputs.other_tokens != self._other_tokens:
             return False
-        if self._everybody:
+        if self._everybody and alike:
             return self._mostly(inputs.requests) and abs(_room(inputs) - self._room) <= _ROOM * self._room
         return self.unchanged(inputs)
 
@@ -88,9 +88,12 @@ class Standing:
 
     def lowered(self, inputs: RoundInput, plan: Plan) -> bool:
         """Whether these are the requests that the plan was made for, and it now holds for the room that is left for drafts."""
-        if inputs.requests != self._requests or inputs.limits is None or not plan.lower(np.asarray(inputs.limits)):
+        before, limits = self._limits, None if inputs.limits is None else np.array(inputs.limits)
+        if before is None or limits is None or inputs.requests != self._requests:
             return False
-        self._limits = np.array(inputs.limits)
+        if (limits > before).any() or not plan.lower(limits):
+            return False
+        self._limits = limits
         return True
 
     def made_for(self, inputs: RoundInput) -> None:
@@ -109,6 +112,7 @@ class Standing:
         return True
 
     def _mostly(self, requests: Sequence[str]) -> bool:
+        """Whether at least half of these requests were there when it was decided."""
         before, staying = len(self._known), len(self._known.intersection(requests))
         return max(before, len(requests)) - staying <= _CROWD * before
 
