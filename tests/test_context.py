@@ -134,6 +134,33 @@ def test_what_an_ended_request_left_in_a_block_is_not_written():
     assert cache.writes == [6]
 
 
+def test_only_the_blocks_asked_for_are_written():
+    cache = Cache()
+    context = DeferredContext(cache.write, limit=100)
+    context.write_blocks([0, 3], size=4)
+    context.add(*step([1, 2, 3, 4], [8, 9, 20, NO_SLOT]))
+    context.add(*step([5, 6], [10, 20]))  # the block with slot 20 has been given to another request
+    context.write_blocks([5, 14], size=4)
+    assert cache.writes == [2]
+    assert cache.values[20] == 6
+    assert (context.tokens, context.written) == (4, 2)
+    context.write_blocks([], size=4)
+    context.write_blocks([5], size=4)
+    assert cache.writes == [2]
+    context.write()
+    assert cache.values[[8, 9, 10, 20]].tolist() == [1, 2, 5, 6]
+    assert (context.tokens, context.written) == (0, 6)
+
+
+def test_it_is_told_when_one_write_would_do():
+    context = DeferredContext(Cache().write, limit=100, together=3)
+    assert context.few
+    context.add(*step([1, 2, 3], [1, 2, 3]))
+    assert context.few
+    context.add(*step([4], [4]))
+    assert not context.few
+
+
 def test_nothing_is_written_where_all_is_forgotten():
     cache = Cache()
     context = DeferredContext(cache.write, limit=100)
@@ -208,6 +235,11 @@ def test_all_is_written_but_what_ended_requests_left(limit, together, seed):
             context.forget([slot // 4 for slot, _ in request[4 * full :: 4]], size=4)
             free += {slot // 4 for slot, _ in request}
         if rng.random() < 0.3:
+            drafting = [each for each in requests if each and rng.random() < 0.5]
+            context.write_blocks([slot // 4 for request in drafting for slot, _ in request[::4]], size=4)
+            for request in drafting:
+                assert all(cache.values[slot] == token for slot, token in request)
+        if rng.random() < 0.2:
             context.write()
             assert context.tokens == 0
             for request in requests:

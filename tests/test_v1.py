@@ -13,6 +13,7 @@ class Context:
 
     def __init__(self, clock: list[float], kept: int, limit: int) -> None:
         self.clock, self.tokens, self.limit = clock, kept, limit
+        self.written = 0
 
     def add(self, _: torch.Tensor, positions: torch.Tensor, __: torch.Tensor) -> None:
         self.tokens += positions.shape[0]
@@ -25,6 +26,7 @@ class Context:
     def _write(self, count: int) -> None:
         self.clock[0] += 0.010 * count
         self.tokens -= count
+        self.written += count
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,7 @@ def test_context_of_earlier_tokens_is_not_counted_as_drafting(monkeypatch: pytes
     told: list[float] = []
     proposer: Any = object.__new__(v1.DSparkProposer)
     proposer.device, proposer._sampled = torch.device("cpu"), [[5], [7]]
-    proposer.context = Context(now, kept, limit)
+    proposer.context, proposer._forgets = Context(now, kept, limit), False
     proposer.rounds = SimpleNamespace(
         begin=lambda *_: np.array([0, 1]), end=lambda _, seconds: told.append(seconds)
     )  # fmt: skip
@@ -52,14 +54,16 @@ def test_context_of_earlier_tokens_is_not_counted_as_drafting(monkeypatch: pytes
     assert told == [pytest.approx(0.25 + 0.02)]
 
 
-@pytest.mark.parametrize(("tokens", "left"), [(31, [5, 9]), (32, [9]), (33, [9])])
-def test_an_ended_request_leaves_only_full_blocks(tokens: int, left: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "shares", "left"), [(31, True, [5, 9]), (32, True, [9]), (33, True, [9]), (33, False, [7, 5, 9])]
+)
+def test_an_ended_request_leaves_only_full_blocks(tokens: int, shares: bool, left: list[int]) -> None:
     """In blocks of 16; the last block is the one kept for drafts."""
     pytest.importorskip("vllm")
     from vllm_dspark.engine import v1
 
     proposer: Any = object.__new__(v1.DSparkProposer)
-    proposer.kv_cache_gid = 1
+    proposer.kv_cache_gid, proposer._shares = 1, shares
     group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))
     proposer.runner = SimpleNamespace(kv_cache_config=SimpleNamespace(kv_cache_groups=[None, group]))
     told: list[Any] = []
@@ -69,3 +73,33 @@ def test_an_ended_request_leaves_only_full_blocks(tokens: int, left: list[int]) 
     )
     proposer.gone(v1.Served.of(request))
     assert told == [(left, 16)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "few", "forgets", "blocks"),
+    [
+        ([0, 2], True, True, [7, 5, 3]),
+        ([0, 1, 2], False, True, [7, 5, 4, 3]),
+        ([0, 1, 2], True, True, None),
+        ([0], False, False, None),
+    ],
+)
+def test_a_draft_waits_for_its_own_context_alone(rows: list[int], few: bool, forgets: bool, blocks: list[int] | None) -> None:
+    """If that saves anything; ``None``: all that waits is written."""
+    pytest.importorskip("vllm")
+    from vllm_dspark.engine import v1
+
+    proposer: Any = object.__new__(v1.DSparkProposer)
+    proposer.kv_cache_gid, proposer._forgets = 0, forgets
+    requests = {name: SimpleNamespace(block_ids=(ids,)) for name, ids in {"a": [7, 5], "b": [4], "c": [3]}.items()}
+    group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))
+    batch = SimpleNamespace(req_ids=[*"abc"])
+    proposer.runner = SimpleNamespace(
+        kv_cache_config=SimpleNamespace(kv_cache_groups=[group]), requests=requests, input_batch=batch
+    )  # fmt: skip
+    told: list[Any] = []
+    proposer.context = SimpleNamespace(
+        few=few, write=lambda: told.append(None), write_blocks=lambda blocks, size: told.append((blocks, size))
+    )
+    proposer._write_for(np.array(rows), 3)
+    assert told == [None if blocks is None else (blocks, 16)]

@@ -7,26 +7,29 @@ that a request has left without filling them are never shared: what has not been
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
 
 from vllm_dspark.verification.cost import next_size
+from vllm_dspark.verification.records import Rows
 
 NO_SLOT = -1
 """The slot of a token for which there is nothing to write; vLLM's kernels pass over it."""
 Write = Callable[[Tensor, Tensor, Tensor], None]
 States = Tensor | Sequence[Tensor]
 """A step's hidden states: concatenated, ``[T, m*d]``, or per layer, m of ``[T, d]``."""
-Part = tuple[States, Tensor, Tensor]
-"""Hidden states, positions and cache slots of some tokens."""
+NOTHING: Rows = np.zeros(0, dtype=np.int64)
+
+_TOGETHER = 512  # tokens written at once, if nobody says how many
+_LOOK = 4  # times as many are looked at: some may be forgotten
 
 
 class DeferredContext:
-    """Hidden states on their way to the draft layers' cache."""
+    """Hidden states on their way to the draft layers' cache, in a ring of rows. Tokens are numbered as they are added."""
 
     def __init__(self, write: Write, limit: int, together: int | None = None) -> None:
         """Begin empty.
@@ -35,24 +38,59 @@ class DeferredContext:
             write: takes concatenated target states ``[T, m*d]``, positions ``[T]`` and cache slots ``[T]``; some slots may be
                 ``NO_SLOT``.
             limit: fewer tokens than this wait; 0 writes every step at once (needed where another process reads the cache).
-            together: most tokens of one write, at most ``limit``; None: that.
+            together: most tokens of one write, at most ``limit`` unless that is 0; None: that, or a size that suits products.
         """
-        self._write, self._limit, self._together = write, limit, min(together or limit, limit)
-        self._parts: list[Part] = []
-        self.tokens = 0
-        self._before_last = self._added = 0  # tokens that ever were added, without those of the last step and with them
-        self._block_size, self._forgotten = 1, np.zeros(1, dtype=np.int64)  # by block: before which token nothing is wanted
+        self._write, self._limit = write, max(limit, 1)
+        self._together = min(together or limit or _TOGETHER, limit or _TOGETHER)
+        self._size = self._limit + self._together
+        self._ring: tuple[Tensor, Tensor, Tensor] | None = None  # states, positions, slots
+        self._waits = np.zeros(self._size, dtype=bool)
+        self._first = self._added = 0  # numbers of the first token that may wait, and of the next one
+        self._last_step = 0  # that of the last step's first
+        self._forgotten = np.zeros(1, dtype=np.int64)  # by block: before which token nothing is wanted
+        self._forgotten_until, self._block_size = 0, 1
+        self.written = 0
+        """Tokens that ever were written."""
+
+    @property
+    def tokens(self) -> int:
+        """How many wait; some may be forgotten."""
+        return int(np.count_nonzero(self._waits))
+
+    @property
+    def few(self) -> bool:
+        """Whether one write would do for all that waits."""
+        return self.tokens <= self._together
 
     def add(self, states: States, positions: Tensor, slots: Tensor) -> None:
-        """Keep a step's tokens. ``states`` must be the caller's to give; the other two may be views that change later."""
-        self._parts.append((states, positions.clone(), slots.clone()))
-        self._before_last = self._added
-        self._added += positions.shape[0]
-        self.tokens += positions.shape[0]
-        if not self._limit:
-            self.write()
-        while self._limit and self.tokens >= self._limit:
-            self._write_oldest(self._together)
+        """Keep a step's tokens T, of which ``states`` may have more rows. Everything is copied."""
+        layers: Sequence[Tensor] = (states,) if isinstance(states, Tensor) else states
+        count, done = positions.shape[0], 0
+        self._last_step = self._added
+        while done < count:
+            some = min(count - done, self._together, self._size - self._added % self._size)
+            if some == count == layers[0].shape[0]:
+                self._put(layers, positions, slots)
+            else:
+                these = slice(done, done + some)
+                self._put([layer[these] for layer in layers], positions[these], slots[these])
+            done += some
+
+    def _put(self, layers: Sequence[Tensor], positions: Tensor, slots: Tensor) -> None:
+        """Keep tokens for which there is room at the ring's current place."""
+        row, count = self._added % self._size, positions.shape[0]
+        here = slice(row, row + count)
+        if self._ring is None:
+            empty = layers[0].new_empty(self._size, sum(layer.shape[-1] for layer in layers))
+            self._ring = empty, positions.new_empty(self._size), slots.new_empty(self._size)
+        kept_states, kept_positions, kept_slots = self._ring
+        torch.cat(tuple(layers), dim=-1, out=kept_states[here])
+        kept_positions[here] = positions
+        kept_slots[here] = slots
+        self._waits[here] = True
+        self._added += count
+        while self._added - self._first >= self._limit:
+            self._write_oldest()
 
     def forget(self, blocks: Sequence[int], size: int) -> None:
         """These cache blocks, ``size`` slots each, were left by a request that has ended, and nobody will read them.
@@ -66,68 +104,73 @@ class DeferredContext:
         if missing > 0:
             self._forgotten = np.concatenate([self._forgotten, np.zeros(max(missing, self._forgotten.size), dtype=np.int64)])
         self._block_size = size
-        self._forgotten[list(blocks)] = self._before_last
+        self._forgotten[list(blocks)] = self._forgotten_until = self._last_step
 
     def write(self) -> None:
-        """Write what is kept."""
-        while self.tokens:
-            self._write_oldest(min(self.tokens, self._together or self.tokens))
+        """Write all that waits."""
+        while self._first < self._added:
+            self._write_oldest()
 
-    def _write_oldest(self, count: int) -> None:
-        """Write so many tokens, oldest first; of two for one slot the later one counts."""
-        first = self._added - self.tokens
-        parts = self._take(count)
-        states = _joined([states for states, _, _ in parts])
-        positions, slots = torch.cat([positions for _, positions, _ in parts]), torch.cat([slots for *_, slots in parts])
-        if first < int(self._forgotten.max()):
-            rows = torch.from_numpy(self._wanted(slots.numpy(), first))
-            states, positions, slots = states[rows], positions[rows], slots[rows]
-            count = rows.shape[0]
-            if not count:
-                return
-        if len(parts) > 1:
-            slots[_overtaken(slots)] = NO_SLOT
-        if slots.device.type == "cpu":
-            more = int(next_size(np.int64(count))) - count
-            states, positions, slots = _padded(states, more), _padded(positions, more), pad(slots, (0, more), value=NO_SLOT)
+    def write_blocks(self, blocks: Sequence[int], size: int) -> None:
+        """Write what waits of these cache blocks, ``size`` slots each. CPU only: the slots are looked at."""
+        start = self._first % self._size
+        rows = np.concatenate([self._waits[start:].nonzero()[0] + start, self._waits[:start].nonzero()[0]])
+        chosen = np.zeros(max(blocks, default=0) + 2, dtype=bool)  # the last is nobody's
+        chosen[list(blocks)] = True
+        rows = self._wanted(rows[_of_blocks(chosen, self._slots(rows), size)])
+        for begin in range(0, rows.size, self._together):
+            self._write_rows(rows[begin : begin + self._together])
+
+    def _slots(self, rows: Rows) -> Rows:
+        return NOTHING if self._ring is None else self._ring[2].numpy()[rows]
+
+    def _write_oldest(self) -> None:
+        """Write the oldest tokens that wait and have not been forgotten, as many as are written at once."""
+        end = min(self._first + _LOOK * self._together, self._added)
+        rows = np.arange(self._first, end) % self._size
+        rows = rows[self._waits[rows]]
+        wanted = self._wanted(rows)
+        if wanted.size > self._together:
+            wanted = wanted[: self._together]
+            end = int(self._numbers(wanted[-1:])[0]) + 1
+            rows = rows[: np.searchsorted(self._numbers(rows), end)]
+        self._waits[rows] = False
+        self._first = end
+        self._write_rows(wanted)
+
+    def _write_rows(self, rows: Rows) -> None:
+        """Write these rows, oldest first, which then wait no longer; of two tokens for one slot the later one counts."""
+        count = rows.size
+        if self._ring is None or not count:
+            return
+        self._waits[rows] = False
+        self.written += count
+        several = self._numbers(rows[:1])[0] < self._last_step
+        if self._ring[0].device.type == "cpu":  # the last row again and again, so that matrix products come in few sizes
+            rows = np.concatenate([rows, np.full(int(next_size(np.int64(count))) - count, rows[-1])])
+        index = torch.from_numpy(rows).to(self._ring[0].device)
+        states, positions, slots = (kept.index_select(0, index) for kept in self._ring)
+        slots[count:] = NO_SLOT
+        if several:
+            slots[_overtaken(slots[:count])] = NO_SLOT
         self._write(states, positions, slots)
 
-    def _wanted(self, slots: NDArray[np.int64], first: int) -> NDArray[np.int64]:
-        """Places of those of these tokens, the ``first`` and later ones, that have not been forgotten."""
-        blocks = np.minimum(slots // self._block_size, self._forgotten.size - 1)
-        wanted: NDArray[np.int64] = (first + np.arange(slots.size) >= self._forgotten[blocks]).nonzero()[0]
-        return wanted
+    def _numbers(self, rows: Rows) -> Rows:
+        """Which tokens lie in these rows."""
+        return self._added - 1 - (self._added - 1 - rows) % self._size
 
-    def _take(self, count: int) -> list[Part]:
-        """Remove so many tokens from the front."""
-        taken: list[Part] = []
-        self.tokens -= count
-        while count:
-            states, positions, slots = part = self._parts.pop(0)
-            size = positions.shape[0]
-            if size > count:
-                self._parts.insert(0, (_rows(states, count, size), positions[count:], slots[count:]))
-                part, size = (_rows(states, 0, count), positions[:count], slots[:count]), count
-            taken.append(part)
-            count -= size
-        return taken
+    def _wanted(self, rows: Rows) -> Rows:
+        """Those of these rows that have not been forgotten."""
+        numbers = self._numbers(rows)
+        if not rows.size or numbers[0] >= self._forgotten_until:
+            return rows
+        return rows[numbers >= _of_blocks(self._forgotten, self._slots(rows), self._block_size)]
 
 
-def _rows(states: States, begin: int, end: int) -> States:
-    return states[begin:end] if isinstance(states, Tensor) else [layer[begin:end] for layer in states]
-
-
-def _joined(states: Sequence[States]) -> Tensor:
-    """All steps' states, concatenated: ``[T, m*d]``."""
-    if len(states) == 1 and isinstance(states[0], Tensor):
-        return states[0]
-    layers = max(1 if isinstance(step, Tensor) else len(step) for step in states)
-    by_step = (_by_layer(step, layers) for step in states)
-    return torch.cat([torch.cat(layer) for layer in zip(*by_step, strict=True)], dim=-1)
-
-
-def _by_layer(states: States, layers: int) -> Sequence[Tensor]:
-    return states.chunk(layers, dim=-1) if isinstance(states, Tensor) else states
+def _of_blocks(values: NDArray[Any], slots: Rows, size: int) -> NDArray[Any]:
+    """``values``, by block, of the blocks of these slots; its last is that of every block beyond, and of no slot."""
+    found: NDArray[Any] = values[np.minimum(slots // size, values.size - 1)]
+    return found
 
 
 def _overtaken(slots: Tensor) -> Tensor:
@@ -137,8 +180,3 @@ def _overtaken(slots: Tensor) -> Tensor:
     """
     ordered, places = torch.sort(slots, stable=True)
     return places[:-1][ordered[1:] == ordered[:-1]]
-
-
-def _padded(rows: Tensor, more: int) -> Tensor:
-    """The same, the last row repeated, so that matrix products come in few sizes (see :func:`next_size`)."""
-    return torch.cat([rows, rows[-1:].expand(more, *rows.shape[1:])]) if more else rows

@@ -33,6 +33,12 @@ _SPARE = 4
 Range = tuple[int, int]  # first address, and the one after the last
 
 
+def settle(caches: Iterable[Tensor]) -> None:
+    """Both: keep the heap, and have it and these tensors on huge pages. Again, it does the same for what came since."""
+    keep_heap()
+    prefer_huge_pages(caches)
+
+
 def keep_heap() -> bool:
     """Have glibc keep what is freed, and some room; False where another allocator or the environment decides that."""
     decided = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")

@@ -18,9 +18,8 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
-from vllm_dspark.engine import models, pair, plain, setup
+from vllm_dspark.engine import memory, models, pair, plain, setup
 from vllm_dspark.engine.context import DeferredContext
-from vllm_dspark.engine.memory import keep_heap, prefer_huge_pages
 from vllm_dspark.engine.rounds import Decider, Served
 from vllm_dspark.heads import sequential
 from vllm_dspark.options import KEY, DSparkOptions
@@ -70,6 +69,8 @@ class DSparkProposer(DFlashProposer):
         )
         self._sampled: list[list[int]] = []
         self._warned_not_finite = False
+        self._forgets = setup.forgets(vllm_config)
+        self._shares = bool(vllm_config.cache_config.enable_prefix_caching)
         limit, together = setup.deferred_tokens(vllm_config, len(hf_config.eagle_aux_hidden_state_layer_ids))
         self.context = DeferredContext(self.write_context, limit, together)
         self.rounds: Decider = setup.decider(self, None)
@@ -89,19 +90,19 @@ class DSparkProposer(DFlashProposer):
 
     def start_policy(self) -> None:
         """Measure step times, if the policy needs them; the runner is ready and nobody is served yet."""
-        if self.device.type == "cpu":
-            keep_heap()
-            prefer_huge_pages(self.runner.kv_caches)
+        on_cpu = self.device.type == "cpu"
+        if on_cpu:
+            memory.settle(self.runner.kv_caches)
         self.rounds = setup.decider(self, setup.cost(self))
+        if on_cpu:
+            memory.settle(self.runner.kv_caches)  # measuring has made the heap grow
 
     @torch.inference_mode()
     def keep(self, tokens: int, states: list[Tensor]) -> None:
         """Keep the hidden states of a step's T tokens, after which nobody drafts, ``[≥ T, d]`` per layer."""
         self.rounds.rested(time.perf_counter(), tokens)
-        kept = [state if state.shape[0] == tokens else state[:tokens] for state in states]
-        own = kept if self.device.type == "cpu" else torch.cat(kept, dim=-1)  # elsewhere a graph may reuse their memory
         slots = self.runner.input_batch.block_table[self.kv_cache_gid].slot_mapping.gpu[:tokens]
-        self.context.add(own, self.runner._get_positions(tokens), slots)
+        self.context.add(states, self.runner._get_positions(tokens), slots)
         self.rounds.end(time.perf_counter(), 0.0)
 
     def prepare_next_token_ids_cpu(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> None:
@@ -142,16 +143,19 @@ class DSparkProposer(DFlashProposer):
         metadata = common_attn_metadata
         self._last_draft_probs = None
         tokens = target_positions.shape[0]
-        new, own = (target_hidden_states, target_positions, metadata.slot_mapping[:tokens]), sum(map(len, self._sampled))
-        late = self._late(lambda: self.context.add(*new), tokens, own)
+        new = target_hidden_states, target_positions, metadata.slot_mapping[:tokens]
+        written, writing = self.context.written, _seconds(lambda: self.context.add(*new))
         starts = self._context_lengths(metadata)
         rows = self.rounds.begin(began, self._sampled, starts, num_speculative_tokens, tokens)
         if rows.size == 0:
             self.rounds.end(time.perf_counter(), 0.0)
             return []
         drafts: list[list[int]] = [[] for _ in range(metadata.num_reqs)]
-        late += self._late(self.context.write, 0, own)
-        anchors = torch.tensor([self._sampled[row][-1] for row in rows.tolist()], dtype=torch.int32, device=self.device)
+        sampled = [self._sampled[row] for row in rows.tolist()]
+        writing += _seconds(lambda: self._write_for(rows, metadata.num_reqs))
+        written = self.context.written - written
+        late = writing * max(written - sum(map(len, sampled)), 0) / max(written, 1)  # of earlier steps' tokens and of prompts
+        anchors = torch.tensor([tokens[-1] for tokens in sampled], dtype=torch.int32, device=self.device)
         block = self._draft(rows, starts[rows], anchors, metadata, sampling_metadata)
         if block is not None:
             confidences = None if block.confidences is None else block.confidences.float().cpu().numpy()
@@ -161,25 +165,30 @@ class DSparkProposer(DFlashProposer):
         self.rounds.end(ended, ended - began - late)
         return drafts
 
+    @property
+    def _cache_block(self) -> int:
+        """Tokens in a block, as requests are given them."""
+        size: int = self.runner.kv_cache_config.kv_cache_groups[self.kv_cache_gid].kv_cache_spec.block_size
+        return size
+
     def gone(self, served: Served) -> None:
-        """A request has ended: nobody will read what lies in a block that it has not filled."""
-        size, request = self.runner.kv_cache_config.kv_cache_groups[self.kv_cache_gid].kv_cache_spec.block_size, served.request
-        self.context.forget(request.block_ids[self.kv_cache_gid][request.num_tokens // size :], size)
+        """A request has ended: nobody will read what lies in a block that it has not filled, or does not share."""
+        size, request = self._cache_block, served.request
+        shared = request.num_tokens // size if self._shares else 0
+        self.context.forget(request.block_ids[self.kv_cache_gid][shared:], size)
 
     def write_context(self, states: Tensor, positions: Tensor, slots: Tensor) -> None:
         """Turn concatenated target states ``[T, m*d]`` into the draft layers' K/V in the paged cache."""
         self.model.precompute_and_store_context_kv(self.model.combine_hidden_states(states), positions, slots)
 
-    def _late(self, write: Callable[[], None], new: int, own: int) -> float:
-        """The seconds in which this wrote context of earlier steps and of prompts, after keeping ``new`` tokens.
-
-        Args:
-            own: tokens sampled in this step, the last to be written.
-        """
-        before, began = self.context.tokens + new, time.perf_counter()
-        write()
-        seconds, left = time.perf_counter() - began, self.context.tokens
-        return seconds * max(before - left - max(own - left, 0), 0) / max(before - left, 1)
+    def _write_for(self, rows: Rows, requests: int) -> None:
+        """Write the context that a draft of these of so many requests reads."""
+        if not self._forgets or (rows.size == requests and self.context.few):
+            self.context.write()
+            return
+        names, known = self.runner.input_batch.req_ids, self.runner.requests
+        blocks = [block for row in rows.tolist() for block in known[names[row]].block_ids[self.kv_cache_gid]]
+        self.context.write_blocks(blocks, self._cache_block)
 
     def _hand_over(self, drafts: list[list[int]], block: sequential.Drafts, rows: Rows, lengths: Rows) -> None:
         """Put the drafts that are to be verified into their requests' lists, and keep q for the rejection sampler."""
@@ -274,3 +283,10 @@ class DSparkProposer(DFlashProposer):
         if not self._warned_not_finite:
             self._warned_not_finite = True
             logger.warning("the drafter's logits are not finite; nothing is drafted in such rounds")
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """How long this takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
