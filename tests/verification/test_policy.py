@@ -11,7 +11,8 @@ from vllm_dspark.verification.cost import CostModel, CostTable, StepTiming, next
 from vllm_dspark.verification.history import THRESHOLDS, History
 from vllm_dspark.verification.plan import Load
 from vllm_dspark.verification.policy import Policy
-from vllm_dspark.verification.records import Outcomes, PolicyOptions, RoundInput
+from vllm_dspark.verification.records import DraftDecision, Outcomes, PolicyOptions, RoundInput
+from vllm_dspark.verification.standing import Standing
 from vllm_dspark.verification.survival import logit
 
 FLAT = CostTable((1, 4096), (0.010, 0.0101), (1, 512), (0.002, 0.0021))
@@ -590,7 +591,7 @@ def test_what_trying_may_lose(best, deviation, risk):
 
 
 @pytest.mark.parametrize(
-    ("leave", "come", "stands"), [(4, 4, True), (5, 5, False), (2, 0, True), (3, 0, False), (0, 4, True), (0, 5, False)]
+    ("leave", "come", "stands"), [(6, 6, True), (7, 7, False), (2, 0, True), (3, 0, False), (0, 6, True), (0, 7, False)]
 )
 def test_how_much_of_a_crowd_may_change(leave, come, stands):
     names = [f"r{index}" for index in range(8)]
@@ -602,6 +603,22 @@ def test_how_much_of_a_crowd_may_change(leave, come, stands):
     for name in now[8 - leave :]:
         policy.add(name)
     assert policy.rest(now) is stands
+
+
+@pytest.mark.parametrize(
+    ("users", "hopeless", "spans"),
+    [(1, True, [2, 4, 6, 8, 10]), (8, False, [2, 4, 6, 8, 10]), (8, True, [2, 4, 8, 16, 32])],
+)
+def test_how_long_a_decision_not_to_draft_stands(users, hopeless, spans):
+    names = [f"r{index}" for index in range(users)]
+    nobody = np.zeros(0, dtype=np.int64)
+    standing, decision = Standing(), DraftDecision(nobody, nobody > 0, "does not pay")
+    found = []
+    for _ in range(40):
+        standing.decided(RoundInput(names, np.full(users, 100)), decision, 0, 1000, users, hopeless)
+        found.append(standing._until)
+    assert found[: len(spans)] == spans
+    assert found[-1] == 32
 
 
 @pytest.mark.parametrize(

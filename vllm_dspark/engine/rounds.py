@@ -20,7 +20,7 @@ from vllm_dspark.verification.records import Outcomes, RoundInput, Rows
 logger = logging.getLogger("vllm.dspark")
 
 NOBODY: Rows = np.zeros(0, dtype=np.int64)
-_SAMPLE = 16  # of so many rounds in a row in which nobody drafts, one is timed
+_SAMPLE = 32  # of so many rounds in a row in which nobody drafts, one is timed
 
 
 class Decider(Protocol):

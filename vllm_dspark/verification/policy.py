@@ -146,7 +146,8 @@ class Policy:
             return plan
         idle = plan.decision.reason in ("does not pay", "guarded") and not plan.decision.drafting
         wake = self.probing.wake(plan.slots, self.round, alone=idle)
-        self._standing.decided(inputs, plan.decision, self.round, wake, plan.able)
+        hopeless = self._choice is not None and math.isinf(self._choice.risk)
+        self._standing.decided(inputs, plan.decision, self.round, wake, plan.able, hopeless)
         return plan
 
     def _prepare(self, inputs: RoundInput) -> Plan:

@@ -8,7 +8,7 @@ from vllm_dspark.verification.plan import Plan
 from vllm_dspark.verification.records import DraftDecision, RoundInput, Rows
 
 _IDLE, _DRAFTING = 32, 6  # rounds for which a decision not to draft, and one to draft, stands at most
-_CROWD = 0.5  # share of the requests that may be others, where a decision for all of them stands
+_CROWD, _IDLE_CROWD = 0.5, 0.75  # share of the requests that may be others, where a decision that all draft, or none, stands
 _LEAVING = 0.25  # share of the requests by which there may be fewer: drafting pays sooner then
 _ROOM = 0.25  # share of the room for drafts by which it may have changed, where a decision that everybody drafts stands
 SILENT = "nobody can draft"
@@ -36,11 +36,14 @@ class Standing:
         """Decide anew in the next round."""
         self._until = 0
 
-    def decided(self, inputs: RoundInput, decision: DraftDecision, now: int, wake: int, able: int) -> None:
+    def decided(
+        self, inputs: RoundInput, decision: DraftDecision, now: int, wake: int, able: int, hopeless: bool = False
+    ) -> None:
         """A decision was made in round ``now``.
 
         Args:
-            wake: round in which something is due whatever happens. able: requests that could draft.
+            wake: round in which something is due whatever happens. able: requests that could draft. hopeless: drafting would
+                not have paid by what is not known of step times.
         """
         self._until, self.silent = now, decision.reason == SILENT
         if decision.reason in ONCE or decision.probes.any():
@@ -49,7 +52,8 @@ class Standing:
         same = (before and self._everybody) or np.array_equal(self._rows, decision.rows)
         self._agreed = self._agreed + 1 if same else 0
         self._rows = decision.rows
-        span = min(self._agreed, _DRAFTING) if decision.drafting else min(2 * self._agreed, _IDLE)
+        quickly = hopeless and able > 1  # one request may change at any moment
+        span = min(self._agreed, _DRAFTING) if decision.drafting else _idle(self._agreed, quickly)
         self._until = min(now + span, wake - 1)
         if span:
             self.made_for(inputs)
@@ -75,7 +79,7 @@ class Standing:
         if inputs.other_tokens != self._other_tokens:
             return False
         if self._everybody and alike:
-            return self._mostly(inputs.requests) and abs(_room(inputs) - self._room) <= _ROOM * self._room
+            return self._mostly(inputs.requests, _CROWD) and abs(_room(inputs) - self._room) <= _ROOM * self._room
         return self.unchanged(inputs)
 
     def unchanged(self, inputs: RoundInput) -> bool:
@@ -102,21 +106,26 @@ class Standing:
         self._limits = None if inputs.limits is None else np.array(inputs.limits)
 
     def _same_crowd(self, requests: Sequence[str]) -> bool:
-        """Whether at least half of these requests were there when it was decided, and about as many."""
+        """Whether enough of these requests were there when it was decided, and about as many."""
         if requests == self._requests:
             return True
         before = len(self._known)
-        if before - len(requests) > _LEAVING * before or not self._mostly(requests):
+        if before - len(requests) > _LEAVING * before or not self._mostly(requests, _IDLE_CROWD):
             return False
         self._requests = requests[:]
         return True
 
-    def _mostly(self, requests: Sequence[str]) -> bool:
-        """Whether at least half of these requests were there when it was decided."""
+    def _mostly(self, requests: Sequence[str], others: float) -> bool:
+        """Whether at most this share of these requests were not there when it was decided."""
         before, staying = len(self._known), len(self._known.intersection(requests))
-        return max(before, len(requests)) - staying <= _CROWD * before
+        return max(before, len(requests)) - staying <= others * before
 
 
 def _room(inputs: RoundInput) -> int:
     """For how many drafts there is room; where nothing limits them, in multiples of γ."""
     return len(inputs.requests) if inputs.limits is None else int(np.sum(inputs.limits))
+
+
+def _idle(agreed: int, quickly: bool) -> int:
+    """Rounds for which a decision not to draft stands after so many that agreed."""
+    return min(2 ** min(agreed, 8) if quickly and agreed else 2 * agreed, _IDLE)
