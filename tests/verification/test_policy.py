@@ -607,7 +607,7 @@ def test_how_much_of_a_crowd_may_change(leave, come, stands):
 
 @pytest.mark.parametrize(
     ("users", "hopeless", "spans"),
-    [(1, True, [2, 4, 6, 8, 10]), (8, False, [2, 4, 6, 8, 10]), (8, True, [2, 4, 8, 16, 32])],
+    [(1, True, [2, 4, 6, 8, 10]), (8, False, [4, 4, 6, 8, 10]), (8, True, [4, 4, 8, 16, 32])],
 )
 def test_how_long_a_decision_not_to_draft_stands(users, hopeless, spans):
     names = [f"r{index}" for index in range(users)]

@@ -8,6 +8,7 @@ from vllm_dspark.verification.plan import Plan
 from vllm_dspark.verification.records import DraftDecision, RoundInput, Rows
 
 _IDLE, _DRAFTING = 32, 6  # rounds for which a decision not to draft, and one to draft, stands at most
+_LEAST = 4  # and one that several do not draft at least: deciding takes time as well
 _CROWD, _IDLE_CROWD = 0.5, 0.75  # share of the requests that may be others, where a decision that all draft, or none, stands
 _LEAVING = 0.25  # share of the requests by which there may be fewer: drafting pays sooner then
 _ROOM = 0.25  # share of the room for drafts by which it may have changed, where a decision that everybody drafts stands
@@ -52,14 +53,20 @@ class Standing:
         same = (before and self._everybody) or np.array_equal(self._rows, decision.rows)
         self._agreed = self._agreed + 1 if same else 0
         self._rows = decision.rows
-        quickly = hopeless and able > 1  # one request may change at any moment
-        span = min(self._agreed, _DRAFTING) if decision.drafting else _idle(self._agreed, quickly)
+        span = self._span(decision.drafting, able > 1, hopeless)
         self._until = min(now + span, wake - 1)
         if span:
             self.made_for(inputs)
             self._other_tokens, self._room = inputs.other_tokens, _room(inputs)
             self._known = frozenset(self._requests)
             self._crowded = decision.reason in _CROWDED and not decision.drafting
+
+    def _span(self, drafting: bool, several: bool, hopeless: bool) -> int:
+        """Rounds for which a decision stands after so many that agreed; one request may change at any moment."""
+        if drafting:
+            return min(self._agreed, _DRAFTING)
+        span = 2 ** min(self._agreed, 8) if several and hopeless else 2 * self._agreed
+        return min(max(span, _LEAST if several else 0), _IDLE)
 
     def rests(self, requests: Sequence[str], now: int) -> bool:
         """Whether the last decision, if it was not to draft, answers round ``now`` of these requests as well.
@@ -124,8 +131,3 @@ class Standing:
 def _room(inputs: RoundInput) -> int:
     """For how many drafts there is room; where nothing limits them, in multiples of γ."""
     return len(inputs.requests) if inputs.limits is None else int(np.sum(inputs.limits))
-
-
-def _idle(agreed: int, quickly: bool) -> int:
-    """Rounds for which a decision not to draft stands after so many that agreed."""
-    return min(2 ** min(agreed, 8) if quickly and agreed else 2 * agreed, _IDLE)
