@@ -103,3 +103,19 @@ def test_a_draft_waits_for_its_own_context_alone(rows: list[int], few: bool, for
     )
     proposer._write_for(np.array(rows), 3)
     assert told == [None if blocks is None else (blocks, 16)]
+
+
+@pytest.mark.parametrize(("device", "steps"), [("cpu", ["settle", "measure", "settle"]), ("meta", ["measure"])])
+def test_memory_is_settled_for_measuring_and_after_it(monkeypatch: pytest.MonkeyPatch, device: str, steps: list[str]) -> None:
+    """Measuring runs the largest steps, for which the heap grows."""
+    pytest.importorskip("vllm")
+    from vllm_dspark.engine import v1
+
+    done: list[str] = []
+    monkeypatch.setattr(v1.memory, "settle", lambda caches: done.append("settle"))
+    monkeypatch.setattr(v1.setup, "cost", lambda _: done.append("measure"))
+    monkeypatch.setattr(v1.setup, "decider", lambda *_: None)
+    proposer: Any = object.__new__(v1.DSparkProposer)
+    proposer.device, proposer.runner = torch.device(device), SimpleNamespace(kv_caches=[])
+    proposer.start_policy()
+    assert done == steps
