@@ -112,7 +112,10 @@ class DeferredContext:
             self._write_oldest()
 
     def write_blocks(self, blocks: Sequence[int], size: int) -> None:
-        """Write what waits of these cache blocks, ``size`` slots each. CPU only: the slots are looked at."""
+        """Write what waits of these cache blocks, ``size`` slots each: all of a block, so that its tokens keep their order.
+
+        CPU only: the slots are looked at.
+        """
         start = self._first % self._size
         rows = np.concatenate([self._waits[start:].nonzero()[0] + start, self._waits[:start].nonzero()[0]])
         chosen = np.zeros(max(blocks, default=0) + 2, dtype=bool)  # the last is nobody's

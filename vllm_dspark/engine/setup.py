@@ -17,7 +17,7 @@ from vllm_dspark.verification.survival import Floats
 logger = logging.getLogger("vllm.dspark")
 
 TOGETHER = 512  # tokens whose context is written at once: enough for an efficient product
-DEFERRED_TOKENS, DEFERRED_BYTES = 8192, 32 << 20  # most that a CPU keeps: many a request ends before its turn comes
+DEFERRED_TOKENS, DEFERRED_BYTES = 8192, 32 << 20  # most that wait on a CPU: many a request ends before its turn comes
 
 
 def deferred_tokens(vllm_config: Any, layers: int) -> tuple[int, int]:

@@ -43,8 +43,8 @@ class Standing:
         """A decision was made in round ``now``.
 
         Args:
-            wake: round in which something is due whatever happens. able: requests that could draft. hopeless: drafting would
-                not have paid by what is not known of step times.
+            wake: round in which something is due whatever happens. able: requests that could draft. hopeless: not even what is
+                unknown of step times could make drafting pay.
         """
         self._until, self.silent = now, decision.reason == SILENT
         if decision.reason in ONCE or decision.probes.any():
@@ -123,7 +123,7 @@ class Standing:
         return True
 
     def _mostly(self, requests: Sequence[str], others: float) -> bool:
-        """Whether at most this share of these requests were not there when it was decided."""
+        """Whether the share of requests that came or went since it was decided is at most ``others``."""
         before, staying = len(self._known), len(self._known.intersection(requests))
         return max(before, len(requests)) - staying <= others * before
 
