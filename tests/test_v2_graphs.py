@@ -119,3 +119,17 @@ def test_a_step_with_one_token_of_every_request_is_an_even_one(tokens: int, elig
     told = v2_graphs.telling_single(lambda *_: (state, said))
     assert told("scheduled", False) == (state, uniform)
     assert v2_graphs.telling_single(lambda *_: (None, said))("scheduled", True) == (None, said)
+
+
+def test_context_finds_a_graph_however_many_requests_there_are() -> None:
+    """Whole blocks of more than 9 do not fit the largest size here."""
+    blocks = config(DECODES)
+    blocks.compilation_config.cudagraph_capture_sizes, blocks.compilation_config.max_cudagraph_capture_size = SIZES[:-1], 64
+    made = [cudagraph_utils.CudaGraphManager(blocks, "cuda", DECODES, each, [0]) for each in (K, 1)]
+    made[1] = v2_graphs.for_one_each(made[1])
+    for one in made:
+        one._graphs_captured = True
+    graphs = [[one.dispatch(count, count * K, K, num_active_loras=0, max_query_len=None) for one in made] for count in (5, 16)]
+    assert [(graph.cg_mode, graph.num_reqs) for graph in graphs[0]] == [(CUDAGraphMode.FULL, 5), (CUDAGraphMode.FULL, 8)]
+    assert graphs[1][0].cg_mode == CUDAGraphMode.NONE
+    assert (graphs[1][1].cg_mode, graphs[1][1].num_reqs) == (CUDAGraphMode.FULL, 16)

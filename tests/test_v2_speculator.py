@@ -32,7 +32,7 @@ class Native:
         self.max_num_reqs, self.device, self._draft_topk = REQUESTS, device, None
         self.enable_adaptive_verification = self.use_acceptance_estimator = speculative.enable_adaptive_verification
         self.use_confidence_head, self.draft_logits = False, None
-        steps = self.num_speculative_steps
+        steps = self.num_query_per_req = self.num_speculative_steps
         self.draft_tokens = torch.zeros(REQUESTS, steps, dtype=torch.long)
         self.draft_token_confidence_probs = torch.full((REQUESTS, steps), float("nan"))
         self.sample_indices = torch.arange(REQUESTS * steps)
@@ -87,7 +87,7 @@ class Native:
         self.captured.append((self.query_cudagraph_manager, attn_metadata, self._num_graph_context_tokens(num_reqs)))
 
     def init_cudagraph_manager(self, mode: Any) -> None:
-        self.query_cudagraph_manager = object()
+        self.query_cudagraph_manager = SimpleNamespace(queries=self.num_query_per_req, dispatch=lambda *args, **_: args)
 
     def capture(self) -> None:
         self._prepare_graph_forward(2, "metadata")
@@ -257,6 +257,9 @@ def test_a_round_without_drafts_only_writes_context() -> None:
     ours = speculator(Draft("gated"), k=2)
     ours.init_cudagraph_manager(None)
     ours.capture()
+    assert (ours.query_cudagraph_manager.queries, ours.context_cudagraph_manager.queries) == (ours.num_query_per_req, 1)
+    assert ours.query_cudagraph_manager.dispatch(5, 5 * BLOCK, BLOCK) == (5, 5 * BLOCK, BLOCK)
+    assert ours.context_cudagraph_manager.dispatch(5, 5 * BLOCK, BLOCK, max_query_len=None) == (5, 5, 1)
     block, context = ours.captured
     assert block == (ours.query_cudagraph_manager, "metadata", 2 * (1 + BLOCK))
     assert context == (ours.context_cudagraph_manager, None, 2)  # one row of each request, no padding to k drafts

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_dspark.engine import landing, models, pair
+from vllm_dspark.engine import landing, models, pair, v2_graphs
 from vllm_dspark.engine.v2_rounds import Rounds
 from vllm_dspark.options import KEY, DSparkOptions
 
@@ -41,6 +41,7 @@ class SpeculatorParts:
     use_acceptance_estimator: bool
     _draft_topk: int | None
     num_speculative_steps: int
+    num_query_per_req: int
     enable_adaptive_verification: bool
     rounds: Rounds | None = None
     context_only = False
@@ -110,9 +111,14 @@ class SpeculatorParts:
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         super().init_cudagraph_manager(cudagraph_mode)  # type: ignore[misc]
-        query = self.query_cudagraph_manager
-        super().init_cudagraph_manager(cudagraph_mode)  # type: ignore[misc]
-        self.query_cudagraph_manager, self.context_cudagraph_manager = query, self.query_cudagraph_manager
+        query, queries = self.query_cudagraph_manager, self.num_query_per_req
+        self.num_query_per_req = 1  # context is written of one token per request: such graphs are there for more requests
+        try:
+            super().init_cudagraph_manager(cudagraph_mode)  # type: ignore[misc]
+        finally:
+            self.num_query_per_req = queries
+        self.context_cudagraph_manager = v2_graphs.for_one_each(self.query_cudagraph_manager)
+        self.query_cudagraph_manager = query
 
     def capture(self) -> None:
         super().capture()  # type: ignore[misc]

@@ -1,7 +1,8 @@
 """Graphs for steps that verify nothing, where vLLM captures full graphs of one length alone: 1 + k tokens of every request.
 
 With them a step without drafts runs as it would without speculation. Without them it would run in pieces, or eagerly, and
-not drafting would be slower than not speculating.
+not drafting would be slower than not speculating. The same for what then is left of drafting, one row of context per request:
+of whole blocks there are graphs up to as many tokens as vLLM captures, which is about 70 requests.
 """
 
 import functools
@@ -40,6 +41,18 @@ def graph_manager(original: Any) -> Any:
 
 def _single(graph: Any) -> bool:
     return bool(graph.uniform_token_count == 1)
+
+
+def for_one_each(manager: Any) -> Any:
+    """A manager of graphs for one row of each request that is asked for blocks, as vLLM's speculators ask."""
+    dispatch = manager.dispatch
+
+    @functools.wraps(dispatch)
+    def wrapper(num_reqs: int, num_tokens: int, uniform_token_count: int | None, **more: Any) -> Any:
+        return dispatch(num_reqs, num_reqs, 1, **more)
+
+    manager.dispatch = wrapper
+    return manager
 
 
 def telling_single(gather_batch_req_state: Any) -> Any:

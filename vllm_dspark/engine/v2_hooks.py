@@ -161,8 +161,8 @@ HOOKS: tuple[Hook, ...] = (
         "num_reqs", module=f"{V2}.dflash.speculator",
     ),
     _v2(
-        "DFlashSpeculator.init_cudagraph_manager", "makes that manager; ours makes two", "cudagraph_mode",
-        module=f"{V2}.dflash.speculator", mentions=("query_cudagraph_manager",),
+        "DFlashSpeculator.init_cudagraph_manager", "makes that manager; ours makes two, one for a row of each request",
+        "cudagraph_mode", module=f"{V2}.dflash.speculator", mentions=("query_cudagraph_manager", "num_query_per_req"),
     ),
     _v2(
         "DraftModelSpeculator.observe_verification", "extended: the verdict on the last drafts", "num_sampled", "num_rejected",
