@@ -76,7 +76,7 @@ def test_the_host_waits_for_nothing_before_it_asks_for_a_round() -> None:
 
     world.rounds.begin, world.rounds._landing.send = begin, watched  # type: ignore[method-assign]
     world.play(10, 0.9)
-    assert len(opened) == 2 * 9
+    assert len(opened) == 2 * 9 - 1  # the first step had no drafts to judge
     assert not any(opened)
 
 
@@ -297,3 +297,84 @@ def test_rounds_on_trial_show_that_drafting_pays_again() -> None:
     assert (lengths[20:] == WIDTH).mean() > 0.9
     assert ledger.balance > 0
     assert ledger.probing == pytest.approx(paid)
+
+
+# -- no drafts are scheduled while nobody drafts --
+
+CROWD = tuple("abcdefgh")
+
+
+def test_hardly_any_drafts_are_scheduled_where_nothing_pays() -> None:
+    world = World(STEEP, names=CROWD)
+    asked: list[int] = []
+    begin = world.policy.begin_round
+    world.policy.begin_round = lambda inputs: asked.append(world.rounds._round) or begin(inputs)  # type: ignore
+    scheduled = world.serve(400, 0.4)
+    assert np.mean([count > 0 for count in scheduled[100:]]) < 0.2
+    assert len(asked) == sum(count > 0 for count in scheduled)
+    assert world.policy.round == 400  # those that rest are rounds as well
+    drafting = [drafting for drafting, _ in world.log]
+    assert not any(now and not count for now, count in zip(drafting, scheduled, strict=True))
+    assert 0 < sum(drafting) < 20  # probes come through
+    assert world.policy.explain()["probing_share"] <= 0.01
+
+
+def test_drafting_begins_again_though_no_drafts_were_scheduled() -> None:
+    world = World(SWITCH, names=CROWD)
+    world.serve(200, 0.02)
+    assert not any(world.serve(60, 0.02)[-10:-4])
+    scheduled = world.serve(400, 0.95)
+    assert np.mean([count > 0 for count in scheduled[-100:]]) > 0.9
+    assert np.mean([lengths for _, lengths in world.log[-100:]]) > 2
+
+
+@pytest.mark.parametrize("under_way", [0, 1])
+def test_where_drafting_pays_all_drafts_are_scheduled(under_way: int) -> None:
+    world = World(names=CROWD)
+    assert world.serve(60, 0.95, under_way) == [WIDTH] * 60
+
+
+def test_a_rest_ends_with_those_it_was_for() -> None:
+    world = World(STEEP, names=CROWD)
+    world.serve(100, 0.4)
+    world.step(0.4)
+    while world.rounds.resting < 3:
+        world.step(0.4)
+    before = world.rounds.resting
+    world.step(0.4, most=0)
+    assert world.rounds.resting == before - 1
+    world.names = list("ijklmnop")
+    world.step(0.4, room=0, most=0)
+    assert world.rounds.resting == 0
+    assert world.log[-1] == (False, (0,) * 8)
+    world.step(0.4, room=0)
+    assert world.policy.explain()["reason"] != v2_rounds.RESTING
+
+
+def test_steps_of_a_rest_are_timed_and_nothing_else_is_sent() -> None:
+    world, sent = World(STEEP, names=CROWD), []
+    world.serve(100, 0.4)
+    send, timed = world.rounds._landing.send, []
+    world.rounds._landing.send = lambda *tensors: sent.append(world.rounds._round) or send(*tensors)  # type: ignore
+    world.policy.timed = lambda timing: timed.append(timing.tokens)  # type: ignore
+    while world.rounds.resting < 20:
+        world.step(0.4)
+    sent.clear()
+    for step in range(18):
+        world.step(0.4, room=WIDTH if step == 0 else 0, most=0)
+    assert len(sent) == 1  # the verdict on the round before the rest
+    assert len(timed) >= 2
+    assert set(timed) == {8}
+
+
+def test_nobody_rests_where_other_engines_wait_for_the_block_forward() -> None:
+    world = World(STEEP, names=CROWD, always=True)
+    assert world.serve(60, 0.4) == [WIDTH] * 60
+
+
+def test_without_anybody_who_may_draft_the_rest_has_no_end() -> None:
+    world = World(None, policy="off")
+    assert sum(count > 0 for count in world.serve(100, 0.5)) == 2  # until the first round's answer has come
+    world.names.append("new")
+    world.rounds.announce("new", {"dspark_policy": "fixed"})
+    assert world.serve(20, 0.5)[-10:] == [WIDTH] * 10

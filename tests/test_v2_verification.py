@@ -233,6 +233,27 @@ def test_trimmed_drafts_are_not_rejected_ones() -> None:
     assert seen == [None, {"a": 3, "b": 4, "c": 4}]
 
 
+@pytest.mark.parametrize(("ahead", "least"), [(True, 2), (False, 1)])
+def test_no_drafts_are_scheduled_while_none_will_be_made(ahead: bool, least: int) -> None:
+    """vLLM's own table of drafts by requests says so; the step after those under way is the first that can know."""
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=3, async_scheduling=ahead))
+    scheduler = SimpleNamespace(vllm_config=config, dynamic_sd_lookup=None, running=["a"])
+    update = counting.update_from_output(lambda *_: "kept")
+    assert update(scheduler, None, SimpleNamespace(dspark_resting=least)) == "kept"
+    assert scheduler.dynamic_sd_lookup == [0] * 4
+    update(scheduler, None, SimpleNamespace())  # another engine's output
+    assert scheduler.dynamic_sd_lookup == [0] * 4
+    update(scheduler, None, SimpleNamespace(dspark_resting=least - 1))
+    assert scheduler.dynamic_sd_lookup is None
+    scheduler.running = []
+    update(scheduler, None, SimpleNamespace(dspark_resting=99))
+    assert scheduler.dynamic_sd_lookup is None  # whoever comes next may draft at once
+    own = SimpleNamespace(vllm_config=config, dynamic_sd_lookup=[0, 4, 4, 2], running=["a"])
+    for rounds in (99, 0):
+        update(own, None, SimpleNamespace(dspark_resting=rounds))
+        assert own.dynamic_sd_lookup == [0, 4, 4, 2]
+
+
 def test_vllms_statistics_count_what_was_verified() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -262,13 +283,16 @@ def test_the_output_says_what_was_verified(monkeypatch: pytest.MonkeyPatch) -> N
     world = World(policy="fixed", names=("a", "b", "c"))
     given: list[Any] = [Output(), None, Output()]
     reporting = v2_start._reporting(lambda: given.pop(0), world.rounds)
-    assert isinstance(reporting(), Output)  # nothing was sampled yet
+    found = reporting().get_output()  # no drafts were scheduled yet
+    assert not hasattr(found, "dspark_verified")
+    assert found.dspark_resting == 0
     assert reporting() is None
     world.play(1, 0.9)
     world.step(0.9, np.array([4, 1, 0]))
     found = reporting().get_output()
     assert found.req_ids == ["a", "b", "c"]
     assert found.dspark_verified == dict.fromkeys("abc", WIDTH)
+    assert found.dspark_resting == 0
 
 
 def test_counters_are_shown_where_metrics_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,12 +70,13 @@ class World:
         """Drafts that a step verifies of each request, from what :meth:`Rounds.verify` said."""
         return self.rounds.lengths()
 
-    def step(self, confidence: Any, hits: np.ndarray | None = None, room: int = WIDTH) -> np.ndarray:
+    def step(self, confidence: Any, hits: np.ndarray | None = None, room: int = WIDTH, most: int | None = None) -> np.ndarray:
         """One step and one round; drafts verified of each request. ``confidence``: what the drafts of this round claim, or a
-        function of the drafts verified and accepted that says so."""
+        function of the drafts verified and accepted that says so. ``room``: drafts that are scheduled of each request, of
+        this round ``most``."""
         self.arrive()
         count, lengths = len(self.names), dict[str, int]()
-        if self.log:
+        if self.log and room:
             drafts = dict.fromkeys(self.names, [-1] * room)
             lengths = self.spread(self.rounds.verify(dict.fromkeys(self.names, 1 + room), drafts, ranked_later=self.on_device))
         verified = np.array([lengths.get(name, 0) for name in self.names])
@@ -85,7 +86,7 @@ class World:
         accepted = np.minimum(hits, verified)
         self.now += self.truth.step(StepTiming(count + int(verified.sum()), count, count * CONTEXT, 1.0))[0]
         self.rounds.sampled(torch.tensor(1 + accepted), torch.tensor(verified - accepted))
-        drafting = self.rounds.begin(self.batch())
+        drafting = self.rounds.begin(self.batch(), most)
         self.now += float(self.truth.drafting(count, count * CONTEXT)) if drafting else 0.0
         claimed = confidence(verified, accepted) if callable(confidence) else confidence
         claimed = np.broadcast_to(np.asarray(claimed, dtype=np.float32), (count, WIDTH))
@@ -93,6 +94,19 @@ class World:
         self.rounds.exchange()
         self.log.append((drafting, tuple(verified.tolist())))
         return verified
+
+    def serve(self, steps: int, confidence: float, under_way: int = 1) -> list[int]:
+        """Play with a scheduler that schedules no drafts where it was told that none will come; drafts scheduled of each round.
+
+        ``under_way``: steps that it has scheduled already when it is told.
+        """
+        told, room = [0] * (under_way + 1), [WIDTH]
+        for _ in range(steps):
+            most = 0 if told[-1 - under_way] > under_way else WIDTH
+            self.step(confidence, room=room[-1], most=most)
+            told.append(self.rounds.resting)
+            room.append(most)
+        return room[1:]
 
     def play(self, steps: int, confidence: float) -> np.ndarray:
         return np.array([self.step(confidence) for _ in range(steps)])

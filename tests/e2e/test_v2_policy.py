@@ -117,5 +117,5 @@ def test_counters_tell_what_became_of_the_drafts(results: Results) -> None:
     assert shown["accepted"] + shown["rejected"] == pytest.approx(trims["drafted"], abs=28)
     assert shown["trimmed"] > 0
     assert (off["shown"]["accepted"], off["shown"]["rejected"], off["shown"]["trimmed"]) == (0, 0, 0)
-    assert off["shown"]["undrafted"] > 4 * 7 * (TOKENS - 4)
+    assert 0 < off["shown"]["undrafted"] <= 4 * 7 * 2  # then the scheduler has been told that nobody drafts
     assert off["shown"]["skipped"] >= TOKENS - 2

@@ -169,8 +169,10 @@ HOOKS: tuple[Hook, ...] = (
         module=f"{V2}.speculator",
     ),
     _trim(
-        "Scheduler.update_from_output", "leave drafts that were never verified out of the statistics", "scheduler_output",
-        "model_runner_output", module=SCHEDULER, mentions=("make_spec_decoding_stats", "num_invalid_spec_tokens", "request_id"),
+        "Scheduler.update_from_output",
+        "leave drafts that were never verified out of the statistics; have none scheduled while nobody drafts",
+        "scheduler_output", "model_runner_output", module=SCHEDULER,
+        mentions=("make_spec_decoding_stats", "num_invalid_spec_tokens", "request_id", "running"),
         replace=counting.update_from_output,
     ),
     _trim(

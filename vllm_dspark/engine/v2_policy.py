@@ -105,7 +105,8 @@ def device_verification(original: Any) -> Any:
             return result
 
         def record_confidences(self, confidence_probs: Tensor, input_batch: Any) -> None:
-            """What the device will rank by; the copies for the host have been sent already."""
-            self._confidence_probs[input_batch.idx_mapping] = confidence_probs[: input_batch.num_reqs]
+            """What the device will rank by, if anything was drafted; the copies for the host have been sent already."""
+            if self.rounds.drafted:
+                self._confidence_probs[input_batch.idx_mapping] = confidence_probs[: input_batch.num_reqs]
 
     return DeviceVerification

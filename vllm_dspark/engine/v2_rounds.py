@@ -25,6 +25,7 @@ logger = logging.getLogger("vllm.dspark")
 
 EAGER, EVERY = 64, 8  # all of the first rounds at a load are timed, then one of so many
 OTHER_LOAD = 0.3  # it is another load with more than this share of the requests, and more than two, more or fewer
+RESTING = "resting"
 FIRST = 1000.0  # logit of what comes before everything else
 SHARED = 64  # rounds between two exchanges of times, where there are several ranks
 
@@ -54,7 +55,11 @@ class Landed:
 
 
 class Rounds:
-    """Runs the policy for the requests of a V2 runner."""
+    """Runs the policy for the requests of a V2 runner.
+
+    Attributes:
+        allotment: of the step to come. resting: rounds after the last in which nobody will draft, as far as is known.
+    """
 
     def __init__(
         self,
@@ -87,6 +92,7 @@ class Rounds:
         self._landed: list[Landed] = []  # the last four, newest first
         self._times: list[StepTiming] = []
         self._round = 0
+        self.resting = 0
         self._load = 0  # requests when all rounds began to be timed
         self._eager = 0  # all rounds before this one are timed
         self.allotment = Allotment(counts([]), 0, counts([]))
@@ -139,31 +145,27 @@ class Rounds:
         where = self.runner.req_states.req_id_to_index
         return counts([where[name] for name in names])
 
-    def sampled(self, num_sampled: Any, num_rejected: Any) -> Parcel:
+    def sampled(self, num_sampled: Any, num_rejected: Any) -> None:
         """The step has sampled: tokens of each request and logits rejected, device tensors ``(R,)``."""
-        self._outcome = self._landing.send(num_sampled, num_rejected)
-        return self._outcome
+        self._outcome = self._landing.send(num_sampled, num_rejected) if self._room else None
 
     def begin(self, batch: Any, most: int | None = None) -> bool:
         """Choose who drafts; whether the block forward has to run.
 
         Args:
-            most: drafts of each request that the scheduler can use; None: all.
+            most: drafts of each request that the scheduler can use; None: all; 0: it was told that nobody drafts, and the
+                policy is only asked whether that still holds.
         """
         self._round += 1
         names = list(batch.req_ids)
         if names != self._names or self._arrived:
             self._meet(names)
         self._arrived.clear()
-        inputs, rows, clean = self._inputs(batch, names, most)
-        self._flight = nobody(self._round, "nobody can draft")
-        if rows:
-            self.policy.begin_round(inputs)
-            self._flight = self.policy.depart()
-            self._flight.rows = counts(rows)[self._flight.rows]
+        clean = self._rest(batch, names) if most == 0 and not self._always else self._decide(batch, names, most)
         shape = None
         if clean and self._times_this(len(names)):
-            shape = StepTiming(len(names), len(names), float(np.sum(inputs.contexts)), 1.0)
+            context = float(batch.seq_lens_cpu_upper_bound[: len(names)].sum())
+            shape = StepTiming(len(names), len(names), context, 1.0)
         now = Landed(
             names, self._flight, self._verifying, self._room, self._outcome,
             None if shape is None else self._clock.mark(), shape,
@@ -172,6 +174,25 @@ class Rounds:
         now.drafting = bool(self._flight.slots.size) or self._always
         self._landed = [now, *self._landed[:3]]
         return now.drafting
+
+    def _decide(self, batch: Any, names: list[str], most: int | None) -> bool:
+        """Ask the policy who drafts; whether the step only decoded."""
+        inputs, rows, clean = self._inputs(batch, names, most)
+        self._flight, self.resting = nobody(self._round, "nobody can draft"), 0
+        if rows:
+            self.policy.begin_round(inputs)
+            self._flight = self.policy.depart()
+            self._flight.rows = counts(rows)[self._flight.rows]
+            self.resting = 0 if self._always else self.policy.resting()
+        return clean
+
+    def _rest(self, batch: Any, names: list[str]) -> bool:
+        """Nobody drafts; whether the step only decoded."""
+        clean = not batch.has_prefill
+        sampling = names if clean else self._inputs(batch, names, 0)[0].requests
+        self._flight = nobody(self._round, RESTING)
+        self.resting = self.policy.resting() if sampling and self.policy.rest(sampling) else 0
+        return clean
 
     def _times_this(self, requests: int) -> bool:
         """Whether this round is timed; a time takes two rounds in a row."""
@@ -196,8 +217,13 @@ class Rounds:
         self.policy.finish(self._gone)
         self._gone = []
 
+    @property
+    def drafted(self) -> bool:
+        """Whether the last round had a block forward."""
+        return bool(self._landed) and self._landed[0].drafting
+
     def last_outcome(self) -> tuple[list[str], Parcel] | None:
-        """Names of the batch and the outcome of the step that was sampled last; None if that step sampled nothing."""
+        """Names of the batch and the outcome of the step that was sampled last; None if no drafts were scheduled for it."""
         last = self._landed[0] if self._landed else None
         return (list(last.names), last.outcome) if last is not None and last.outcome is not None else None
 
@@ -206,7 +232,10 @@ class Rounds:
         if len(self._landed) < 2:
             return
         _, last, *earlier = self._landed
-        if last.outcome is not None:
+        if last.outcome is None:  # no drafts were scheduled
+            none = np.zeros(len(last.names), dtype=np.int64)
+            self._judge(last, none, none)
+        else:
             sampled, rejected = (array.astype(np.int64) for array in last.outcome.open())
             verified = np.where(sampled > 0, np.maximum(sampled + rejected - 1, 0), 0)
             last.verified = int(verified.sum())
@@ -216,11 +245,11 @@ class Rounds:
             self.policy.drew(last.flight, raw)
         if len(earlier) == 2:  # the device is past all of their marks
             after, before = earlier
-            if before.ended is not None and after.shape is not None and set(before.names) & set(after.names):
+            if before.ended is not None and after.shape is not None and not set(before.names).isdisjoint(after.names):
                 self._time(before, after, after.shape)
 
     def _judge(self, last: Landed, verified: Rows, accepted: Rows) -> None:
-        place = {name: row for row, name in enumerate(last.names)}
+        place = {name: row for row, name in enumerate(last.names)} if last.judged.slots.size else {}
         rows = counts([place.get(name, -1) for name in last.judged.requests])
         here = rows >= 0
         self.policy.judged(last.judged, np.where(here, verified[rows], 0), np.where(here, accepted[rows], 0))

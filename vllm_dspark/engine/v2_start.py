@@ -96,17 +96,16 @@ def _announcing(add_requests: Any, rounds: Rounds) -> Any:
 
 
 def _reporting(sample_tokens: Any, rounds: Rounds) -> Any:
-    """``sample_tokens`` whose output says how many drafts of each request were verified."""
+    """``sample_tokens`` whose output says how many drafts of each request were verified, and how long nobody will draft."""
 
     @functools.wraps(sample_tokens)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         output = sample_tokens(*args, **kwargs)
         rounds.exchange()
-        found = rounds.last_outcome()
-        if found is not None and isinstance(output, AsyncModelRunnerOutput):
+        if isinstance(output, AsyncModelRunnerOutput):
             kind: Any = type(output)
             output.__class__ = reported(kind)
-            output.dspark_outcome = found
+            output.dspark_outcome, output.dspark_resting = rounds.last_outcome(), rounds.resting
         return output
 
     return wrapper
@@ -117,13 +116,16 @@ def reported(original: Any) -> Any:
     """The runner's kind of output, with what became of the drafts."""
 
     class Reported(original):
-        dspark_outcome: tuple[list[str], Parcel]
+        dspark_outcome: tuple[list[str], Parcel] | None
+        dspark_resting: int
 
         def get_output(self) -> Any:
             output: Any = super().get_output()
-            names, outcome = self.dspark_outcome
-            sampled, rejected = outcome.open()
-            output.dspark_verified = dict(zip(names, (sampled + rejected - 1).clip(0).tolist(), strict=True))
+            output.dspark_resting = self.dspark_resting
+            if self.dspark_outcome is not None:
+                names, outcome = self.dspark_outcome
+                sampled, rejected = outcome.open()
+                output.dspark_verified = dict(zip(names, (sampled + rejected - 1).clip(0).tolist(), strict=True))
             return output
 
     return Reported

@@ -39,6 +39,7 @@ MANY = 16  # requests from which their last survivals together stand for this ro
 _SEVERAL = 8  # requests that could draft where a probe is charged twice its price: new ones keep coming, and all ask for it
 _STALL = 1.25  # longest that a stalled step counts against drafting, times what was expected
 _SHARED = 0.7  # largest error (log) of the expected time that is put down to the machine being slower or faster today
+FOREVER = 1 << 20  # rounds
 NOBODY: Rows = np.zeros(0, dtype=np.int64)
 
 
@@ -129,6 +130,12 @@ class Policy:
         self.counters[plan.decision.reason] += 1
         self.ledger.spent(plan.off_seconds, plan.off_seconds)  # of the round before, whose time nobody will tell
         return True
+
+    def resting(self) -> int:
+        """Rounds after this one to which :meth:`rest` will say yes, unless requests come or go."""
+        if self._standing.silent and not self.requests.able:
+            return FOREVER
+        return self._standing.left(self.round)
 
     def _decided(self, inputs: RoundInput, everybody: str | None = None) -> Plan:
         """A new plan; ``everybody``: why everybody drafts, if that is decided already."""

@@ -77,6 +77,10 @@ class Standing:
             return False
         return self._same_crowd(requests) if self._crowded else requests == self._requests
 
+    def left(self, now: int) -> int:
+        """Rounds after round ``now`` that the last decision answers, if it was not to draft and as many requests stay."""
+        return 0 if self._rows.size else max(self._until - now, 0)
+
     def stands(self, inputs: RoundInput, now: int, alike: bool = True) -> bool:
         """Whether the last decision answers this round as well; ``alike``: requests have no options of their own."""
         if now > self._until:
