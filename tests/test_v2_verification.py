@@ -118,7 +118,13 @@ def test_on_the_device_the_host_only_fixes_the_budget() -> None:
 
 def test_vllms_manager_spends_our_budget_on_the_drafts_we_believe_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own compaction and ranking, on a CPU: as many drafts as we allot, the best of them by our calibration."""
-    monkeypatch.setattr(av, "_assign_draft_token_budget_compiled", av._assign_draft_token_budget)
+    ranked: list[int] = []
+
+    def assign(*given: Any) -> None:
+        ranked.append(given[3])
+        av._assign_draft_token_budget(*given)
+
+    monkeypatch.setattr(av, "_assign_draft_token_budget_compiled", assign)
     names = tuple(f"r{index}" for index in range(6))
     world = World(CostTable((1, 6, 64), (0.010, 0.0101, 0.06), (1, 64), (0.0005, 0.0006)), names=names, on_device=True)
     world.rounds.announce("r1", {"dspark_policy": "off"})
@@ -134,6 +140,9 @@ def test_vllms_manager_spends_our_budget_on_the_drafts_we_believe_in(monkeypatch
         _batch_draft_capacity=torch.empty(8, dtype=torch.int32), _num_non_draft_tokens=torch.empty(8, dtype=torch.int32),
         _cu_num_logits=torch.empty(9, dtype=torch.int32), _copy_admitted_drafts_to_host=False,
     )  # fmt: skip
+    manager.warm_up()
+    assert ranked == [3]
+    assert manager._batch_budget is None
     batch = SimpleNamespace(idx_mapping=torch.arange(6), num_reqs=6)
     manager.record_confidences(torch.tensor(sure, dtype=torch.float32), batch)
     total = manager.get_num_tokens(*scheduled(world))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 
@@ -75,7 +76,21 @@ def device_verification(original: Any) -> Any:
 
     class DeviceVerification(original):
         rounds: Rounds  # set before anything is served
+        num_speculative_steps: int
         _confidence_probs: Tensor
+
+        def warm_up(self) -> None:
+            """Rank made-up drafts, for what vLLM compiles then.
+
+            Seconds otherwise, in the first step that verifies some of its drafts; and what the compiler leaves in memory would
+            be looked through at every garbage collection, had vLLM not set aside what is there when an engine is ready.
+            """
+            requests = min(3, len(self._confidence_probs))
+            names = [str(index) for index in range(requests)]
+            slots = torch.arange(requests, device=self._confidence_probs.device)
+            self._batch_budget = dict.fromkeys(names, self.num_speculative_steps), dict.fromkeys(names, 1), requests
+            with torch.inference_mode(), gpu_sync_allowed():
+                self.reallocate_drafts(names, slots)
 
         def batches_to_profile(self, capture_sizes: list[int]) -> Iterator[dict[str, int]]:
             """None: step times are measured once for all forms, see v2_costs.py."""

@@ -48,6 +48,7 @@ def start(runner: Any) -> None:
     rounds = make_rounds(runner, whole=v2_form.all_or_nothing(config, on_device))
     if on_device:
         runner.adaptive_verification.rounds = rounds
+        runner.adaptive_verification.warm_up()
     else:
         runner.gather_batch_req_state = v2_graphs.telling_single(runner.gather_batch_req_state)
         tail = (None,) if "num_admitted_draft_tokens" in InputBatch.__dataclass_fields__ else ()
