@@ -29,11 +29,12 @@ WITH_V1 = "when the V1 runner is removed, or runs DSpark itself"
 NO_OPTIONS = "the 'dspark' options and the checks before the weights load"
 CONFIG, ARGUMENTS = "vllm.config.vllm", "vllm.engine.arg_utils"
 DFLASH, PROPOSER = "vllm.v1.spec_decode.dflash", "vllm.v1.spec_decode.llm_base_proposer"
-MODELS = "vllm.model_executor.models"
+MODELS, LAYERS = "vllm.model_executor.models", "vllm.model_executor.layers"
 SAMPLING, SCHEDULED = "vllm.sampling_params", "vllm.v1.core.sched.output"
 SCHEDULER = "vllm.v1.core.sched.scheduler"
 NO_COSTS = "measured step times: the policy learns them while serving"
 NO_REST = "the speed of steps that verify nothing"
+NO_QUICK = "some of the speed of drafting on a CPU"
 
 
 def _v1(
@@ -188,6 +189,23 @@ HOOKS: tuple[Hook, ...] = (
         f"{MODELS}.qwen3_dflash", "DFlashQwen3ForCausalLM.precompute_and_store_context_kv",
         "writes the context's K/V to the paged cache", "context_states", "context_positions", "context_slot_mapping",
     ),
+    _v1(
+        f"{MODELS}.qwen3_dflash", "DFlashQwen3Model._project_context_kv", "replaced on CPUs: with oneDNN's product",
+        "context_states", "num_ctx", "num_layers", "num_kv_heads", "head_dim",
+        mentions=("_hidden_norm_weight", "_rms_norm_eps", "_fused_kv_weight", "_fused_kv_bias"),
+    ),
+    _v1(
+        f"{LAYERS}.layernorm", "RMSNorm.forward_native", "its C kernel on CPUs", "x", "residual",
+        mentions=("weight", "pass_weight", "variance_epsilon", "variance_size_override"), loses=NO_QUICK,
+    ),
+    _v1(f"{LAYERS}.attention", "Attention.forward", "enters attention at once", mentions=("use_direct_call",), loses=NO_QUICK),
+    _v1(
+        "vllm.model_executor.custom_op", "CustomOp.forward", "runs that kernel", mentions=("_forward_method",), loses=NO_QUICK,
+    ),
+    _v1("vllm._custom_ops", "rms_norm", "the kernel", "out", "input", "weight", "epsilon", loses=NO_QUICK),
+    _v1("vllm._custom_ops", "fused_add_rms_norm", "the same", "input", "residual", "weight", "epsilon", loses=NO_QUICK),
+    _v1("vllm._custom_ops", "create_onednn_mm", "the product", "weight", "primitive_cache_size", loses=NO_QUICK),
+    _v1("vllm._custom_ops", "onednn_mm", "the same", "dnnl_handler", "x", "bias", loses=NO_QUICK),
     _v1(
         f"{MODELS}.qwen3_dflash", "DFlashQwen3ForCausalLM.forward", "the block forward",
         "input_ids", "positions", "inputs_embeds",

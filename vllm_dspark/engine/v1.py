@@ -18,7 +18,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
-from vllm_dspark.engine import memory, models, pair, plain, setup
+from vllm_dspark.engine import memory, models, pair, plain, quick, setup
 from vllm_dspark.engine.context import DeferredContext
 from vllm_dspark.engine.rounds import Decider, Served
 from vllm_dspark.heads import sequential
@@ -87,6 +87,8 @@ class DSparkProposer(DFlashProposer):
         # request instead.
         self.runner.effective_drafter_max_model_len = self.max_model_len + self.queries + 1
         self.model.allocate(self.max_batch_size, self.width, self.options)
+        if self.device.type == "cpu":
+            quick.quicken(self.model, compiled=bool(self.vllm_config.compilation_config.mode))  # NONE is 0
 
     def start_policy(self) -> None:
         """Measure step times, if the policy needs them; the runner is ready and nobody is served yet."""
