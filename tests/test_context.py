@@ -152,13 +152,19 @@ def test_only_the_blocks_asked_for_are_written():
     assert (context.tokens, context.written) == (0, 6)
 
 
-def test_it_is_told_when_one_write_would_do():
-    context = DeferredContext(Cache().write, limit=100, together=3)
-    assert context.few
-    context.add(*step([1, 2, 3], [1, 2, 3]))
-    assert context.few
-    context.add(*step([4], [4]))
-    assert not context.few
+@pytest.mark.parametrize(("waiting", "limit", "together"), [(0, 100, 3), (2, 100, 3), (0, 100, 2), (0, 0, None), (5, 6, 3)])
+def test_a_step_is_written_with_all_that_waits(waiting, limit, together):
+    cache = Cache()
+    context = DeferredContext(cache.write, limit, together)
+    for token in range(waiting):
+        context.add(*step([token], [token]))
+    context.write_with(*step([7, 8, 9], [20, 21, 22]))
+    assert cache.values[:waiting].tolist() == list(range(waiting))
+    assert cache.values[20:23].tolist() == [7, 8, 9]
+    assert (context.tokens, context.written) == (0, waiting + 3)
+    context.add(*step([6], [21]))
+    context.write()
+    assert cache.values[20:23].tolist() == [7, 6, 9]
 
 
 def test_nothing_is_written_where_all_is_forgotten():
@@ -258,7 +264,7 @@ def test_it_ends_as_if_every_step_had_been_written_at_once(limit, seed):
         count = int(rng.integers(1, 6))
         states, positions, slots = step([100 * number + i for i in range(count)], rng.permutation(64)[:count].tolist())
         now.write(states, positions, slots)
-        context.add(states, positions, slots)
+        (context.write_with if rng.random() < 0.3 else context.add)(states, positions, slots)
         if rng.random() < 0.2:
             context.write()
             assert torch.equal(late.values, now.values)

@@ -20,7 +20,8 @@ class Context:
         while self.tokens > self.limit:
             self._write(min(self.tokens, 50))
 
-    def write(self) -> None:
+    def write_with(self, *new: torch.Tensor) -> None:
+        self.add(*new)
         self._write(self.tokens)
 
     def _write(self, count: int) -> None:
@@ -76,16 +77,15 @@ def test_an_ended_request_leaves_only_full_blocks(tokens: int, shares: bool, lef
 
 
 @pytest.mark.parametrize(
-    ("rows", "few", "forgets", "blocks"),
+    ("rows", "forgets", "told"),
     [
-        ([0, 2], True, True, [7, 5, 3]),
-        ([0, 1, 2], False, True, [7, 5, 4, 3]),
-        ([0, 1, 2], True, True, None),
-        ([0], False, False, None),
+        ([0, 2], True, ["add", [7, 5, 3]]),
+        ([0, 1, 2], True, ["all"]),
+        ([0], False, ["all"]),
     ],
 )
-def test_a_draft_waits_for_its_own_context_alone(rows: list[int], few: bool, forgets: bool, blocks: list[int] | None) -> None:
-    """If that saves anything; ``None``: all that waits is written."""
+def test_a_draft_waits_for_its_own_context_alone(rows: list[int], forgets: bool, told: list[Any]) -> None:
+    """Unless everybody drafts: then all that waits is written."""
     pytest.importorskip("vllm")
     from vllm_dspark.engine import v1
 
@@ -97,12 +97,14 @@ def test_a_draft_waits_for_its_own_context_alone(rows: list[int], few: bool, for
     proposer.runner = SimpleNamespace(
         kv_cache_config=SimpleNamespace(kv_cache_groups=[group]), requests=requests, input_batch=batch
     )  # fmt: skip
-    told: list[Any] = []
+    done: list[Any] = []
     proposer.context = SimpleNamespace(
-        few=few, write=lambda: told.append(None), write_blocks=lambda blocks, size: told.append((blocks, size))
-    )
-    proposer._write_for(np.array(rows), 3)
-    assert told == [None if blocks is None else (blocks, 16)]
+        add=lambda *_: done.append("add"), write_with=lambda *_: done.append("all"),
+        write_blocks=lambda blocks, size: done.append(blocks),
+    )  # fmt: skip
+    nothing = torch.zeros(0)
+    proposer._write_for(np.array(rows), 3, (nothing, nothing, nothing))
+    assert done == told
 
 
 @pytest.mark.parametrize(("device", "steps"), [("cpu", ["settle", "measure", "settle"]), ("meta", ["measure"])])

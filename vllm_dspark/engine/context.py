@@ -57,11 +57,6 @@ class DeferredContext:
         """How many wait; some may be forgotten."""
         return int(np.count_nonzero(self._waits))
 
-    @property
-    def few(self) -> bool:
-        """Whether one write would do for all that waits."""
-        return self.tokens <= self._together
-
     def add(self, states: States, positions: Tensor, slots: Tensor) -> None:
         """Keep a step's tokens T, of which ``states`` may have more rows. Everything is copied."""
         layers: Sequence[Tensor] = (states,) if isinstance(states, Tensor) else states
@@ -105,6 +100,18 @@ class DeferredContext:
             self._forgotten = np.concatenate([self._forgotten, np.zeros(max(missing, self._forgotten.size), dtype=np.int64)])
         self._block_size = size
         self._forgotten[list(blocks)] = self._forgotten_until = self._last_step
+
+    def write_with(self, states: Tensor, positions: Tensor, slots: Tensor) -> None:
+        """Write all that waits, and a step's tokens T with their concatenated states ``[≥ T, m*d]``."""
+        count = positions.shape[0]
+        if self._first < self._added or count > self._together or next_size(np.int64(count)) != count:
+            self.add(states, positions, slots)
+            self.write()
+            return
+        self._last_step, self._added = self._added, self._added + count
+        self._first = self._added
+        self.written += count
+        self._write(states[:count], positions, slots)
 
     def write(self) -> None:
         """Write all that waits."""

@@ -8,7 +8,6 @@ is known on the host.
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -146,16 +145,17 @@ class DSparkProposer(DFlashProposer):
         self._last_draft_probs = None
         tokens = target_positions.shape[0]
         new = target_hidden_states, target_positions, metadata.slot_mapping[:tokens]
-        written, writing = self.context.written, _seconds(lambda: self.context.add(*new))
         starts = self._context_lengths(metadata)
         rows = self.rounds.begin(began, self._sampled, starts, num_speculative_tokens, tokens)
         if rows.size == 0:
+            self.context.add(*new)
             self.rounds.end(time.perf_counter(), 0.0)
             return []
         drafts: list[list[int]] = [[] for _ in range(metadata.num_reqs)]
         sampled = [self._sampled[row] for row in rows.tolist()]
-        writing += _seconds(lambda: self._write_for(rows, metadata.num_reqs))
-        written = self.context.written - written
+        written, writing = self.context.written, time.perf_counter()
+        self._write_for(rows, metadata.num_reqs, new)
+        written, writing = self.context.written - written, time.perf_counter() - writing
         late = writing * max(written - sum(map(len, sampled)), 0) / max(written, 1)  # of earlier steps' tokens and of prompts
         anchors = torch.tensor([tokens[-1] for tokens in sampled], dtype=torch.int32, device=self.device)
         block = self._draft(rows, starts[rows], anchors, metadata, sampling_metadata)
@@ -183,11 +183,12 @@ class DSparkProposer(DFlashProposer):
         """Turn concatenated target states ``[T, m*d]`` into the draft layers' K/V in the paged cache."""
         self.model.precompute_and_store_context_kv(self.model.combine_hidden_states(states), positions, slots)
 
-    def _write_for(self, rows: Rows, requests: int) -> None:
-        """Write the context that a draft of these of so many requests reads."""
-        if not self._forgets or (rows.size == requests and self.context.few):
-            self.context.write()
+    def _write_for(self, rows: Rows, requests: int, new: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Write the context that a draft of these of so many requests reads; ``new``: what the step has added to it."""
+        if not self._forgets or rows.size == requests:
+            self.context.write_with(*new)
             return
+        self.context.add(*new)
         names, known = self.runner.input_batch.req_ids, self.runner.requests
         blocks = [block for row in rows.tolist() for block in known[names[row]].block_ids[self.kv_cache_gid]]
         self.context.write_blocks(blocks, self._cache_block)
@@ -285,10 +286,3 @@ class DSparkProposer(DFlashProposer):
         if not self._warned_not_finite:
             self._warned_not_finite = True
             logger.warning("the drafter's logits are not finite; nothing is drafted in such rounds")
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    """How long this takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
