@@ -606,19 +606,25 @@ def test_how_much_of_a_crowd_may_change(leave, come, stands):
 
 
 @pytest.mark.parametrize(
-    ("users", "hopeless", "spans"),
-    [(1, True, [2, 4, 6, 8, 10]), (8, False, [4, 4, 6, 8, 10]), (8, True, [4, 4, 8, 16, 32])],
+    ("users", "patience", "spans", "longest"),
+    [
+        (1, 100, [2, 4, 6, 8, 10], 32),
+        (8, None, [4, 4, 6, 8, 10], 32),
+        (8, 0, [32, 32], 32),
+        (8, 50, [32, 50], 50),
+        (8, 100, [32, 64], 64),
+    ],
 )
-def test_how_long_a_decision_not_to_draft_stands(users, hopeless, spans):
+def test_how_long_a_decision_not_to_draft_stands(users, patience, spans, longest):
     names = [f"r{index}" for index in range(users)]
     nobody = np.zeros(0, dtype=np.int64)
     standing, decision = Standing(), DraftDecision(nobody, nobody > 0, "does not pay")
     found = []
     for _ in range(40):
-        standing.decided(RoundInput(names, np.full(users, 100)), decision, 0, 1000, users, hopeless)
+        standing.decided(RoundInput(names, np.full(users, 100)), decision, 0, 1000, users, patience)
         found.append(standing._until)
     assert found[: len(spans)] == spans
-    assert found[-1] == 32
+    assert found[-1] == longest
 
 
 @pytest.mark.parametrize(

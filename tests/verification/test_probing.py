@@ -30,7 +30,7 @@ def test_a_probe_that_cannot_be_paid_waits_until_it_can():
     assert ledger.rounds_until(0.004) <= 1
 
 
-@pytest.mark.parametrize(("credit", "wait"), [(0.01101, 25), (0.002, 32), (0.0119, 8)])
+@pytest.mark.parametrize(("credit", "wait"), [(0.01101, 25), (0.002, 64), (0.0119, 8)])
 def test_the_wait_for_a_probes_price_is_neither_long_nor_short(credit, wait):
     ledger, probing, slots = Ledger(), Probing(), np.arange(2)
     ledger.begin(0.010)

@@ -38,6 +38,7 @@ _UNTRIED = 32  # requests that draft together until so many have
 MANY = 16  # requests from which their last survivals together stand for this round's
 _SEVERAL = 8  # requests that could draft where a probe is charged twice its price: new ones keep coming, and all ask for it
 _STALL = 1.25  # longest that a stalled step counts against drafting, times what was expected
+_COLD = 2.0  # most that a probe by itself is charged for, times what was expected
 _SHARED = 0.7  # largest error (log) of the expected time that is put down to the machine being slower or faster today
 FOREVER = 1 << 20  # rounds
 NOBODY: Rows = np.zeros(0, dtype=np.int64)
@@ -153,8 +154,10 @@ class Policy:
             return plan
         idle = plan.decision.reason in ("does not pay", "guarded") and not plan.decision.drafting
         wake = self.probing.wake(plan.slots, self.round, alone=idle)
-        hopeless = self._choice is not None and math.isinf(self._choice.risk)
-        self._standing.decided(inputs, plan.decision, self.round, wake, plan.able, hopeless)
+        patience = None
+        if self._choice is not None and math.isinf(self._choice.risk):
+            patience = self.ledger.rounds_until(self.probing.least)
+        self._standing.decided(inputs, plan.decision, self.round, wake, plan.able, patience)
         return plan
 
     def _prepare(self, inputs: RoundInput) -> Plan:
@@ -377,11 +380,15 @@ class Policy:
         if plan.lengths is None or not plan.adaptive.any():
             self.ledger.spent(plan.off_seconds, plan.off_seconds)
             return
-        if plan.probe_seconds and timing.draft_seconds < 0.5 * plan.draft_seconds:  # not nearly as dear as was feared
+        off, spent, measured = plan.off_seconds, plan.seconds, timing.target_seconds + timing.draft_seconds
+        as_planned = timing.tokens == plan.tokens + int(plan.lengths.sum())
+        if plan.probe_seconds and as_planned and plan.decision.probes.all():  # now and then is dearer than again and again
+            took = min(max(measured - off, 0.5 * plan.probe_seconds), _COLD * plan.probe_seconds)
+            self.ledger.probed(took - plan.probe_seconds, plan.probe_times)
+        elif plan.probe_seconds and timing.draft_seconds < 0.5 * plan.draft_seconds:  # not nearly as dear as was feared
             less = plan.probe_seconds * (timing.draft_seconds / plan.draft_seconds - 1.0)
             self.ledger.probed(less, plan.probe_times)
-        off, spent, measured = plan.off_seconds, plan.seconds, timing.target_seconds + timing.draft_seconds
-        if timing.tokens == plan.tokens + int(plan.lengths.sum()):  # as planned: the clock knows better, but for stalls
+        if as_planned:  # the clock knows better, but for stalls
             spent = min(max(measured, 0.5 * spent), most * spent)
             off *= math.exp(min(max(shared, -_SHARED), _SHARED))
         gained = self._yield.gained(float(plan.expected.sum()), plan.accepted)

@@ -13,7 +13,7 @@ from vllm_dspark.verification.records import Rows
 PROBE_DRAFTS = 3  # drafts of a probe that are verified at least, where that costs no more than drafting them
 _FIRST, _LONGEST = 2, 128  # rounds between probes of one request
 _FLEET_LONGEST = 128  # rounds between probes while nobody drafts and no request is new
-_RETRY, _LONGEST_RETRY = 8, 32  # rounds until a probe that could not be paid is tried again, for what it costs then
+_RETRY, _LONGEST_RETRY = 8, 64  # rounds until a probe that could not be paid is tried again, for what it costs then
 _TOGETHER = 16  # most requests in a probe; what they show counts for the fleet
 _NEVER = -1
 

@@ -8,6 +8,7 @@ from vllm_dspark.verification.plan import Plan
 from vllm_dspark.verification.records import DraftDecision, RoundInput, Rows
 
 _IDLE, _DRAFTING = 32, 6  # rounds for which a decision not to draft, and one to draft, stands at most
+_SURE, _PATIENT = 16, 64  # and one not to draft that nothing known could change: at least, and until a probe can be paid
 _LEAST = 4  # and one that several do not draft at least: deciding takes time as well
 _CROWD, _IDLE_CROWD = 0.5, 0.75  # share of the requests that may be others, where a decision that all draft, or none, stands
 _LEAVING = 0.25  # share of the requests by which there may be fewer: drafting pays sooner then
@@ -38,13 +39,13 @@ class Standing:
         self._until = 0
 
     def decided(
-        self, inputs: RoundInput, decision: DraftDecision, now: int, wake: int, able: int, hopeless: bool = False
+        self, inputs: RoundInput, decision: DraftDecision, now: int, wake: int, able: int, patience: int | None = None
     ) -> None:
         """A decision was made in round ``now``.
 
         Args:
-            wake: round in which something is due whatever happens. able: requests that could draft. hopeless: not even what is
-                unknown of step times could make drafting pay.
+            wake: round in which something is due whatever happens. able: requests that could draft. patience: rounds until a
+                probe can be paid, where not even what is unknown of step times could make drafting pay; else None.
         """
         self._until, self.silent = now, decision.reason == SILENT
         if decision.reason in ONCE or decision.probes.any():
@@ -53,7 +54,7 @@ class Standing:
         same = (before and self._everybody) or np.array_equal(self._rows, decision.rows)
         self._agreed = self._agreed + 1 if same else 0
         self._rows = decision.rows
-        span = self._span(decision.drafting, able > 1, hopeless)
+        span = self._span(decision.drafting, able > 1, patience)
         self._until = min(now + span, wake - 1)
         if span:
             self.made_for(inputs)
@@ -61,12 +62,15 @@ class Standing:
             self._known = frozenset(self._requests)
             self._crowded = decision.reason in _CROWDED and not decision.drafting
 
-    def _span(self, drafting: bool, several: bool, hopeless: bool) -> int:
+    def _span(self, drafting: bool, several: bool, patience: int | None) -> int:
         """Rounds for which a decision stands after so many that agreed; one request may change at any moment."""
         if drafting:
             return min(self._agreed, _DRAFTING)
-        span = 2 ** min(self._agreed, 8) if several and hopeless else 2 * self._agreed
-        return min(max(span, _LEAST if several else 0), _IDLE)
+        if not several:
+            return min(2 * self._agreed, _IDLE)
+        if patience is None:
+            return min(max(2 * self._agreed, _LEAST), _IDLE)
+        return min(_SURE * 2 ** min(self._agreed, 8), max(_IDLE, min(patience, _PATIENT)))
 
     def rests(self, requests: Sequence[str], now: int) -> bool:
         """Whether the last decision, if it was not to draft, answers round ``now`` of these requests as well.
