@@ -1,4 +1,4 @@
-"""A draft model's small operations on a CPU: the same by vLLM's C kernels."""
+"""Models on a CPU, with less around their products: they compute the same."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -68,10 +68,16 @@ def test_context_is_projected_as_by_vllm(dtype: torch.dtype, bias: bool) -> None
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_is_compiled_is_left_to_the_compiler(compiled: bool) -> None:
-    draft: Any = nn.Module()
+    attention: Any = object.__new__(quick.Attention)
+    nn.Module.__init__(attention)
+    attention.use_direct_call = False
+    target, draft = nn.Module(), nn.Module()
+    target.norm, target.attention = rms_norm(8), attention
     draft.model = nn.Module()
     draft.model.norm, draft.model._fused_kv_weight = rms_norm(8), torch.zeros(2, 8)
-    before = draft.model.norm._forward_method
-    quick.quicken(draft, compiled)
-    assert (draft.model.norm._forward_method == before) is compiled
+    before = [model.norm._forward_method for model in (target, draft.model)]
+    quick.quicken(target, draft, compiled)
+    assert attention.use_direct_call is not compiled
+    assert target.norm._forward_method == before[0], "the target's numbers must not change"
+    assert (draft.model.norm._forward_method == before[1]) is compiled
     assert isinstance(draft.model._project_context_kv, quick.ContextProjection)

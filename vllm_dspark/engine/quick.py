@@ -1,8 +1,11 @@
-"""A draft model on a CPU: its small operations by vLLM's C kernels, as the same model would have on a GPU.
+"""Models on a CPU that vLLM does not compile, with less around their products.
 
 A drafter is small, so that what surrounds its products decides what a draft takes: there vLLM's CPU models normalise with seven
-torch operations, enter attention through the dispatcher, and project the context with torch's product, which for float32 on
-some processors takes twice as long as the oneDNN product of all other layers. Only drafts change, by rounding.
+torch operations and project the context with torch's product, which for float32 on some processors takes twice as long as the
+oneDNN product of all other layers. Its own C kernels and oneDNN do it here; only drafts change by that, by rounding.
+
+Attention is entered through torch's dispatcher twice in every layer, which is there for the compiler. Without one the same
+functions are called at once, the target's as well: no number changes by that.
 """
 
 import functools
@@ -18,18 +21,19 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 _SIZES = 32  # sizes of a product that are kept prepared
 
 
-def quicken(draft: nn.Module, compiled: bool) -> None:
-    """Have a loaded draft model run so; what is compiled is left to the compiler."""
+def quicken(target: nn.Module, draft: nn.Module, compiled: bool) -> None:
+    """Have loaded models run so; what is compiled is left to the compiler."""
     backbone: Any = draft.model
     if getattr(backbone, "_fused_kv_weight", None) is not None and has_onednn():
         backbone._project_context_kv = ContextProjection(backbone)
     if compiled:
         return
+    for module in (*target.modules(), *draft.modules()):
+        if isinstance(module, Attention):
+            module.use_direct_call = True
     for module in draft.modules():
         if type(module) is RMSNorm and module.pass_weight and module.variance_size_override is None:
             module._forward_method = functools.partial(norm, module)
-        elif isinstance(module, Attention):
-            module.use_direct_call = True
 
 
 def has_onednn() -> bool:

@@ -87,7 +87,8 @@ class DSparkProposer(DFlashProposer):
         self.runner.effective_drafter_max_model_len = self.max_model_len + self.queries + 1
         self.model.allocate(self.max_batch_size, self.width, self.options)
         if self.device.type == "cpu":
-            quick.quicken(self.model, compiled=bool(self.vllm_config.compilation_config.mode))  # NONE is 0
+            compiled = bool(self.vllm_config.compilation_config.mode)  # NONE is 0
+            quick.quicken(target_model, self.model, compiled)
 
     def start_policy(self) -> None:
         """Measure step times, if the policy needs them; the runner is ready and nobody is served yet."""
