@@ -38,7 +38,7 @@ _UNTRIED = 32  # requests that draft together until so many have
 MANY = 16  # requests from which their last survivals together stand for this round's
 _SEVERAL = 8  # requests that could draft where a probe is charged twice its price: new ones keep coming, and all ask for it
 _STALL = 1.25  # longest that a stalled step counts against drafting, times what was expected
-_COLD = 2.0  # most that a probe by itself is charged for, times what was expected
+_COLD = 3.0  # most that a probe by itself is charged for, times what was expected
 _SHARED = 0.7  # largest error (log) of the expected time that is put down to the machine being slower or faster today
 FOREVER = 1 << 20  # rounds
 NOBODY: Rows = np.zeros(0, dtype=np.int64)
