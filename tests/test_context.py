@@ -152,6 +152,15 @@ def test_only_the_blocks_asked_for_are_written():
     assert (context.tokens, context.written) == (0, 6)
 
 
+def test_it_is_told_when_one_write_would_do():
+    context = DeferredContext(Cache().write, limit=100, together=3)
+    assert context.few
+    context.add(*step([1, 2, 3], [1, 2, 3]))
+    assert context.few
+    context.add(*step([4], [4]))
+    assert not context.few
+
+
 @pytest.mark.parametrize(("waiting", "limit", "together"), [(0, 100, 3), (2, 100, 3), (0, 100, 2), (0, 0, None), (5, 6, 3)])
 def test_a_step_is_written_with_all_that_waits(waiting, limit, together):
     cache = Cache()

@@ -77,15 +77,16 @@ def test_an_ended_request_leaves_only_full_blocks(tokens: int, shares: bool, lef
 
 
 @pytest.mark.parametrize(
-    ("rows", "forgets", "told"),
+    ("rows", "few", "forgets", "told"),
     [
-        ([0, 2], True, ["add", [7, 5, 3]]),
-        ([0, 1, 2], True, ["all"]),
-        ([0], False, ["all"]),
+        ([0, 2], True, True, ["add", [7, 5, 3]]),
+        ([0, 1, 2], False, True, ["add", [7, 5, 4, 3], "oldest"]),
+        ([0, 1, 2], True, True, ["all"]),
+        ([0], False, False, ["all"]),
     ],
 )
-def test_a_draft_waits_for_its_own_context_alone(rows: list[int], forgets: bool, told: list[Any]) -> None:
-    """Unless everybody drafts: then all that waits is written."""
+def test_a_draft_waits_for_its_own_context_alone(rows: list[int], few: bool, forgets: bool, told: list[Any]) -> None:
+    """Unless everybody drafts: then all that waits is written, at once if it is little."""
     pytest.importorskip("vllm")
     from vllm_dspark.engine import v1
 
@@ -99,8 +100,8 @@ def test_a_draft_waits_for_its_own_context_alone(rows: list[int], forgets: bool,
     )  # fmt: skip
     done: list[Any] = []
     proposer.context = SimpleNamespace(
-        add=lambda *_: done.append("add"), write_with=lambda *_: done.append("all"),
-        write_blocks=lambda blocks, size: done.append(blocks),
+        few=few, add=lambda *_: done.append("add"), write_with=lambda *_: done.append("all"),
+        write_blocks=lambda blocks, size: done.append(blocks), write_oldest=lambda: done.append("oldest"),
     )  # fmt: skip
     nothing = torch.zeros(0)
     proposer._write_for(np.array(rows), 3, (nothing, nothing, nothing))

@@ -57,6 +57,11 @@ class DeferredContext:
         """How many wait; some may be forgotten."""
         return int(np.count_nonzero(self._waits))
 
+    @property
+    def few(self) -> bool:
+        """Whether one write would do for all that waits."""
+        return self.tokens <= self._together
+
     def add(self, states: States, positions: Tensor, slots: Tensor) -> None:
         """Keep a step's tokens T, of which ``states`` may have more rows. Everything is copied."""
         layers: Sequence[Tensor] = (states,) if isinstance(states, Tensor) else states
@@ -85,7 +90,7 @@ class DeferredContext:
         self._waits[here] = True
         self._added += count
         while self._added - self._first >= self._limit:
-            self._write_oldest()
+            self.write_oldest()
 
     def forget(self, blocks: Sequence[int], size: int) -> None:
         """These cache blocks, ``size`` slots each, were left by a request that has ended, and nobody will read them.
@@ -116,7 +121,7 @@ class DeferredContext:
     def write(self) -> None:
         """Write all that waits."""
         while self._first < self._added:
-            self._write_oldest()
+            self.write_oldest()
 
     def write_blocks(self, blocks: Sequence[int], size: int) -> None:
         """Write what waits of these cache blocks, ``size`` slots each: all of a block, so that its tokens keep their order.
@@ -134,7 +139,7 @@ class DeferredContext:
     def _slots(self, rows: Rows) -> Rows:
         return NOTHING if self._ring is None else self._ring[2].numpy()[rows]
 
-    def _write_oldest(self) -> None:
+    def write_oldest(self) -> None:
         """Write the oldest tokens that wait and have not been forgotten, as many as are written at once."""
         end = min(self._first + _LOOK * self._together, self._added)
         rows = np.arange(self._first, end) % self._size

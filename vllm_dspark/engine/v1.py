@@ -186,13 +186,16 @@ class DSparkProposer(DFlashProposer):
 
     def _write_for(self, rows: Rows, requests: int, new: tuple[Tensor, Tensor, Tensor]) -> None:
         """Write the context that a draft of these of so many requests reads; ``new``: what the step has added to it."""
-        if not self._forgets or rows.size == requests:
+        everybody = rows.size == requests
+        if not self._forgets or (everybody and self.context.few):
             self.context.write_with(*new)
             return
         self.context.add(*new)
         names, known = self.runner.input_batch.req_ids, self.runner.requests
         blocks = [block for row in rows.tolist() for block in known[names[row]].block_ids[self.kv_cache_gid]]
         self.context.write_blocks(blocks, self._cache_block)
+        if everybody:
+            self.context.write_oldest()  # so that soon only few wait
 
     def _hand_over(self, drafts: list[list[int]], block: sequential.Drafts, rows: Rows, lengths: Rows) -> None:
         """Put the drafts that are to be verified into their requests' lists, and keep q for the rejection sampler."""
