@@ -382,15 +382,15 @@ class Policy:
             return
         off, spent, measured = plan.off_seconds, plan.seconds, timing.target_seconds + timing.draft_seconds
         as_planned = timing.tokens == plan.tokens + int(plan.lengths.sum())
+        if as_planned:  # the clock knows better, but for stalls
+            spent = min(max(measured, 0.5 * spent), most * spent)
+            off *= math.exp(min(max(shared, -_SHARED), _SHARED))
         if plan.probe_seconds and as_planned and plan.decision.probes.all():  # now and then is dearer than again and again
             took = min(max(measured - off, 0.5 * plan.probe_seconds), _COLD * plan.probe_seconds)
             self.ledger.probed(took - plan.probe_seconds, plan.probe_times)
         elif plan.probe_seconds and timing.draft_seconds < 0.5 * plan.draft_seconds:  # not nearly as dear as was feared
             less = plan.probe_seconds * (timing.draft_seconds / plan.draft_seconds - 1.0)
             self.ledger.probed(less, plan.probe_times)
-        if as_planned:  # the clock knows better, but for stalls
-            spent = min(max(measured, 0.5 * spent), most * spent)
-            off *= math.exp(min(max(shared, -_SHARED), _SHARED))
         gained = self._yield.gained(float(plan.expected.sum()), plan.accepted)
         self.ledger.spent(spent, plan.off_seconds)
         self.ledger.saved(off * (1.0 + gained / max(plan.load.sure_yield, 1.0)) - spent, plan.stake)
