@@ -1,8 +1,9 @@
-"""Models on a CPU that vLLM does not compile, with less around their products.
+"""Models on a CPU, with less around their products.
 
-A drafter is small, so that what surrounds its products decides what a draft takes: there vLLM's CPU models normalise with seven
-torch operations and project the context with torch's product, which for float32 on some processors takes twice as long as the
-oneDNN product of all other layers. Its own C kernels and oneDNN do it here; only drafts change by that, by rounding.
+A drafter is small, so that what surrounds its products decides what a draft takes. vLLM's DFlash backbone projects the context
+with torch's product, which for float32 on some processors takes twice as long as the oneDNN product of all other layers. And
+its CPU models normalise with seven torch operations, where nothing compiles them. Its own C kernels and oneDNN do it here; only
+drafts change by that, by rounding.
 
 Attention is entered through torch's dispatcher twice in every layer, which is there for the compiler. Without one the same
 functions are called at once, the target's as well: no number changes by that.
@@ -76,6 +77,16 @@ class ContextProjection:
         if states.dtype != weight.dtype:
             return F.linear(states, weight, bias)
         if self._prepared is None or self._prepared[0] is not weight:  # loaded, or loaded anew
-            self._prepared = weight, create_onednn_mm(weight.t(), _SIZES)
+            self._prepared = weight, _prepare(weight)
+        if self._prepared[1] is None:
+            return F.linear(states, weight, bias)
         product: Tensor = onednn_mm(self._prepared[1], states, bias)
         return product
+
+
+def _prepare(weight: Tensor) -> Any:
+    """oneDNN's product with a weight ``[out, in]``; None where it has none, and vLLM's layers do without as well."""
+    try:
+        return create_onednn_mm(weight.t(), _SIZES)
+    except RuntimeError:
+        return None
