@@ -113,6 +113,9 @@ def test_on_the_device_the_host_only_fixes_the_budget() -> None:
     assert manager._confidence_probs[1].eq(0.5).all()  # the confidences themselves stay
     manager.record_confidences(torch.full((3, WIDTH), 0.25), SimpleNamespace(idx_mapping=torch.tensor([2, 0, 1]), num_reqs=3))
     assert manager._confidence_probs[:3].eq(0.25).all()
+    del manager.rounds  # as in the steps by which some kernels are warmed up
+    manager.record_confidences(torch.full((3, WIDTH), 0.75), SimpleNamespace(idx_mapping=torch.tensor([2, 0, 1]), num_reqs=3))
+    assert manager._confidence_probs[:3].eq(0.75).all()
     assert list(manager.batches_to_profile([1, 2])) == []
 
 
@@ -141,7 +144,7 @@ def test_vllms_manager_spends_our_budget_on_the_drafts_we_believe_in(monkeypatch
         _cu_num_logits=torch.empty(9, dtype=torch.int32), _copy_admitted_drafts_to_host=False,
     )  # fmt: skip
     manager.warm_up()
-    assert ranked == [3]
+    assert ranked == [1, 3, 5]
     assert manager._batch_budget is None
     batch = SimpleNamespace(idx_mapping=torch.arange(6), num_reqs=6)
     manager.record_confidences(torch.tensor(sure, dtype=torch.float32), batch)

@@ -1,7 +1,7 @@
 """The policy's hands in the V2 runner: how many of the drafts that were scheduled are verified.
 
-The scheduler schedules k drafts of every request, whether or not they were made; the runner asks its
-``adaptive_verification`` for less. There are two forms:
+The scheduler schedules k drafts of every request, whether or not they were made, unless it has been told that nobody drafts
+(counting.py); the runner asks its ``adaptive_verification`` for less. There are two forms:
 
 - *on the device*, vLLM's own: the host fixes the budget, the device spends it on the best drafts of this round. It needs
   attention that takes lengths the host does not know, and graphs captured for them.
@@ -85,12 +85,12 @@ def device_verification(original: Any) -> Any:
             Seconds otherwise, in the first step that verifies some of its drafts; and what the compiler leaves in memory would
             be looked through at every garbage collection, had vLLM not set aside what is there when an engine is ready.
             """
-            requests = min(3, len(self._confidence_probs))
-            names = [str(index) for index in range(requests)]
-            slots = torch.arange(requests, device=self._confidence_probs.device)
-            self._batch_budget = dict.fromkeys(names, self.num_speculative_steps), dict.fromkeys(names, 1), requests
-            with torch.inference_mode(), gpu_sync_allowed():
-                self.reallocate_drafts(names, slots)
+            for requests in (1, 3, 5):  # one by itself, and others than there are drafts: the compiler tells these apart
+                names = [str(index) for index in range(min(requests, len(self._confidence_probs)))]
+                slots = torch.arange(len(names), device=self._confidence_probs.device)
+                self._batch_budget = dict.fromkeys(names, self.num_speculative_steps), dict.fromkeys(names, 1), len(names)
+                with torch.inference_mode(), gpu_sync_allowed():
+                    self.reallocate_drafts(names, slots)
 
         def batches_to_profile(self, capture_sizes: list[int]) -> Iterator[dict[str, int]]:
             """None: step times are measured once for all forms, see v2_costs.py."""
@@ -121,7 +121,8 @@ def device_verification(original: Any) -> Any:
 
         def record_confidences(self, confidence_probs: Tensor, input_batch: Any) -> None:
             """What the device will rank by, if anything was drafted; the copies for the host have been sent already."""
-            if self.rounds.drafted:
+            rounds = getattr(self, "rounds", None)  # some kernels' warm-up steps come before there are any
+            if rounds is None or rounds.drafted:
                 self._confidence_probs[input_batch.idx_mapping] = confidence_probs[: input_batch.num_reqs]
 
     return DeviceVerification
