@@ -15,7 +15,7 @@ from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
 
 from vllm_dspark.engine import quick
 
-pytestmark = pytest.mark.skipif(not quick.has_onednn(), reason="this vLLM has no oneDNN")
+needs_onednn = pytest.mark.skipif(not quick.has_onednn(), reason="this vLLM has no oneDNN, so the projection stays vLLM's")
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -50,6 +50,7 @@ def backbone(dtype: torch.dtype, bias: bool) -> Any:
     )  # fmt: skip
 
 
+@needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_context_is_projected_as_by_vllm(dtype: torch.dtype, bias: bool) -> None:
@@ -66,6 +67,7 @@ def test_context_is_projected_as_by_vllm(dtype: torch.dtype, bias: bool) -> None
     assert torch.equal(keys, torch.zeros_like(keys) if not bias else keys[:, :1].expand_as(keys))
 
 
+@needs_onednn
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_is_compiled_is_left_to_the_compiler(compiled: bool) -> None:
     attention: Any = object.__new__(quick.Attention)
@@ -81,3 +83,14 @@ def test_what_is_compiled_is_left_to_the_compiler(compiled: bool) -> None:
     assert target.norm._forward_method == before[0], "the target's numbers must not change"
     assert (draft.model.norm._forward_method == before[1]) is compiled
     assert isinstance(draft.model._project_context_kv, quick.ContextProjection)
+
+
+def test_where_onednn_refuses_a_product_torchs_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("not on this processor")
+
+    monkeypatch.setattr(quick, "create_onednn_mm", refuse)
+    model, states = backbone(torch.float32, bias=True), torch.randn(5, 16)
+    found = quick.ContextProjection(model)(states, 5, 2, 3, 4)
+    wanted = DFlashQwen3Model._project_context_kv(model, states, 5, 2, 3, 4)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))

@@ -74,8 +74,6 @@ class ContextProjection:
 
     def _product(self, states: Tensor, weight: Tensor) -> Tensor:
         bias = self._backbone._fused_kv_bias
-        if states.dtype != weight.dtype:
-            return F.linear(states, weight, bias)
         if self._prepared is None or self._prepared[0] is not weight:  # loaded, or loaded anew
             self._prepared = weight, _prepare(weight)
         if self._prepared[1] is None:
