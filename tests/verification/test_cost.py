@@ -49,6 +49,16 @@ def test_context_terms():
     assert float(model.drafting(2, 1000.0)) == pytest.approx(model.drafting(2, 0.0) + 3e-6)
 
 
+def test_one_step_has_the_same_price_as_among_others():
+    model = CostModel(TABLE, 64, 8)
+    tokens, contexts = np.array([1.0, 3.5, 20.0, 500.0]), np.array([1e3, 2e3, 3e3, 4e3])
+    together = model.at(tokens, 4, 1e4, contexts).tolist()
+    assert [float(model.at(*one)) for one in zip(tokens.tolist(), [4] * 4, [1e4] * 4, contexts, strict=True)] == together
+    counts = np.array([0, 1, 5, 20])
+    together = model.drafting(counts, contexts).tolist()
+    assert [float(model.drafting(*one)) for one in zip(counts.tolist(), contexts.tolist(), strict=True)] == together
+
+
 def test_steps_beyond_the_expected_size_still_have_a_price():
     model = CostModel(TABLE, 8, 2)
     assert np.isfinite(model.curve(500, 10, 4, 0.0)).all()

@@ -61,6 +61,17 @@ def test_synchronous_is_the_reference_with_its_tie_rules(batch):
     assert found.tolist() == reference(survival, seconds, len(survival), caps)
 
 
+@settings(max_examples=150, deadline=None)
+@given(batches(most=1), st.integers(0, 9), st.sampled_from([0.0, 0.1, 0.5, np.inf]))
+def test_a_lone_request_is_walked_like_one_of_many(batch, floor_drafts, floor):
+    """Beside one that may not draft it takes the general path."""
+    survival, seconds, caps = batch
+    caps = np.full(1, survival.shape[1]) if caps is None else caps
+    alone = scheduler.synchronous(survival, seconds, 2, caps, floor, floor_drafts)
+    twice, beside = np.concatenate([survival, survival]), np.append(caps, 0)
+    assert alone.tolist() == scheduler.synchronous(twice, seconds, 2, beside, floor, floor_drafts)[:1].tolist()
+
+
 @pytest.mark.parametrize("requests", [300, 1024])
 @pytest.mark.parametrize("slope", [0.0, 0.3, 0.6, 1.5])
 def test_large_batches_take_the_same_decision(requests, slope):

@@ -126,7 +126,8 @@ class StepTiming:
         tokens: tokens the target ran on. requests: requests in the step. context: Σ context tokens of them.
         target_seconds: everything of the step but drafting. token_context: Σ tokens·context; None: evenly spread.
         drafted: requests in the block forward; 0: none ran. draft_context: Σ context tokens of those.
-        draft_seconds: block forward and sequential stage together.
+        draft_seconds: block forward and sequential stage together. late_seconds: and before them, context of earlier steps that
+            was written only because somebody drafts.
     """
 
     tokens: int
@@ -137,6 +138,7 @@ class StepTiming:
     drafted: int = 0
     draft_context: float = 0.0
     draft_seconds: float = 0.0
+    late_seconds: float = 0.0
 
 
 def next_size(tokens: NDArray[np.int64] | np.int64) -> NDArray[np.int64] | np.int64:
@@ -186,13 +188,15 @@ class CostModel:
         self.reserve(stop)
         return np.asarray(self._target[tokens : stop + 1] + self._flat(tokens, drafts, requests, context, mean_context))
 
-    def at(self, tokens: Floats, requests: int, context: float, token_context: Floats) -> Floats:
+    def at(self, tokens: Floats | float, requests: int, context: float, token_context: Floats | float) -> Floats:
         """Target step for fractional token counts, any shape; between whole counts it is interpolated."""
-        low = np.minimum(tokens.astype(np.int64), self._target.size - 2)
+        most = self._target.size - 2
+        low = min(int(tokens), most) if isinstance(tokens, float) else np.minimum(tokens.astype(np.int64), most)
         stairs = self._target[low] + (tokens - low) * (self._target[low + 1] - self._target[low])
         t = self.table
         extra = t.per_request * requests + self._context * t.per_context * context + t.overhead
-        return np.asarray(stairs + (extra + self._context * t.per_token_context * token_context))
+        seconds: Floats = stairs + (extra + self._context * t.per_token_context * token_context)
+        return seconds
 
     def _flat(self, tokens: int, drafts: int, requests: int, context: float, mean: float | None) -> Floats | float:
         t = self.table
@@ -214,13 +218,14 @@ class CostModel:
 
         The draft pass, and what verifying takes however few drafts there are.
         """
-        counts = np.minimum(np.asarray(requests), self._draft.size - 1)
-        extra = self._draft_context * self.table.draft_per_context * np.asarray(context)
-        return np.asarray(self._draft[counts] + extra + self._verifying(requests))
+        most = self._draft.size - 1
+        counts = min(requests, most) if isinstance(requests, int) else np.minimum(requests, most)
+        extra: Any = self._draft_context * self.table.draft_per_context * context
+        seconds: Floats = self._draft[counts] + extra + self._verifying(requests)
+        return seconds
 
-    def _verifying(self, requests: NDArray[np.integer] | int) -> Floats:
-        count = np.asarray(requests)
-        return np.asarray(self.table.verifying * (count > 0) + self.table.verifying_per_request * count)
+    def _verifying(self, requests: NDArray[np.integer] | int) -> Any:
+        return self.table.verifying * (requests > 0) + self.table.verifying_per_request * requests
 
     def upkeep(self, tokens: float) -> float:
         """Keeping the drafter's context K/V current for one step without drafts."""
@@ -230,8 +235,8 @@ class CostModel:
         """Predicted (target, draft) seconds of a step, corrected."""
         spread = timing.context / max(timing.requests, 1) * timing.tokens
         token_context = spread if timing.token_context is None else timing.token_context
-        at = self.at(np.asarray([float(timing.tokens)]), timing.requests, timing.context, np.asarray([token_context]))
-        target, verifying = float(at[0]), float(self._verifying(timing.drafted))
+        target = float(self.at(float(timing.tokens), timing.requests, timing.context, token_context))
+        verifying = float(self._verifying(timing.drafted))
         if not timing.drafted:
             return target + self.upkeep(timing.tokens), 0.0
         return target + verifying, float(self.drafting(timing.drafted, timing.draft_context)) - verifying

@@ -71,6 +71,8 @@ def synchronous(
     Returns:
         Drafts to verify of each request, ``(R,)``.
     """
+    if survival.shape[0] == 1:
+        return _alone(survival[0], seconds, tokens, survival.shape[1] if caps is None else int(caps[0]), floor, floor_drafts)
     slots, count = eligible(survival, caps)
     if count > _WHOLE:
         top = slots[slots >= _UPPER]
@@ -83,6 +85,18 @@ def synchronous(
     else:
         ranked = descending(slots, count)
     return admit(slots, ranked, _stop(ranked, seconds, tokens, floor, floor_drafts))
+
+
+def _alone(survival: Survival, seconds: Floats, tokens: float, cap: int, floor: float, floor_drafts: int) -> Lengths:
+    """The same for one request, whose survivals ``(γ,)`` are in order as they are."""
+    tau, theta, length = tokens, tokens / float(seconds[0]), 0
+    for gained, spent in zip(survival[:cap].tolist(), seconds[1:].tolist(), strict=False):
+        tau, before = tau + gained, theta
+        theta = tau / spent
+        if theta <= before and (length >= floor_drafts or gained <= floor):
+            break
+        length += 1
+    return np.array([length], dtype=np.int64)
 
 
 def _stop(ranked: Survival, seconds: Floats, tokens: float, floor: float, floor_drafts: int) -> int:
