@@ -1,6 +1,7 @@
 """What the policy is told of the runner's rounds: who can draft, how much, what was accepted, how long it took."""
 
 import dataclasses
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_dspark.engine.rounds import Rounds, Shared
+from vllm_dspark.engine.profiling import Script
+from vllm_dspark.engine.rounds import Decider, Rounds, Shared
+from vllm_dspark.verification.cost import StepTiming
 from vllm_dspark.verification.records import DraftDecision
+from vllm_dspark.verification.standing import MEASURING
 
 
 class Policy:
@@ -44,6 +48,13 @@ def make(**requests: Any) -> tuple[Rounds, Policy]:
     )  # fmt: skip
     policy = Policy()
     return Rounds(policy, runner, queries=7, max_model_len=100), policy  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("decider", [Rounds, Shared, Script])
+def test_whoever_decides_is_asked_in_the_same_way(decider):
+    for name in ("rests", "rested", "judged", "begin", "lengths", "end"):
+        wanted = inspect.signature(getattr(Decider, name)).parameters
+        assert list(inspect.signature(getattr(decider, name)).parameters.values()) == list(wanted.values())
 
 
 def test_limits_are_what_is_left_to_generate_and_whether_the_block_fits():
@@ -150,31 +161,59 @@ def test_of_rounds_at_rest_some_are_timed():
         assert rounds.rests()
         rounds.rested(0.5 * number, 2)
         rounds.end(0.5 * number + 0.1, 0.0)  # what was left over took a while
-    first, second = policy.told("timed")
-    assert dataclasses.replace(first, target_seconds=0.0) == dataclasses.replace(second, target_seconds=0.0)
-    assert (first.tokens, first.requests, first.context, first.drafted) == (2, 2, 24.0, 0)
-    assert [first.target_seconds, second.target_seconds] == pytest.approx([0.4, 0.4])
+    told = policy.told("timed")
+    assert len(told) == 3  # the second, the 32nd and the 64th
+    for timing in told:
+        assert timing.target_seconds == pytest.approx(0.4)
+        assert dataclasses.replace(timing, target_seconds=0.0) == StepTiming(2, 2, 24.0, 0.0)
 
 
 @pytest.mark.parametrize(("comes", "tokens"), [(True, 3), (False, 9)])
 def test_a_round_at_rest_is_not_timed_if_somebody_came_or_prefill_went_on(comes, tokens):
     rounds, policy = make(a=request(outputs=4), b=request(outputs=2))
     policy.rest = lambda names: True  # type: ignore[attr-defined]
-    for number in range(32):
-        if number == 31 and comes:
+    for number in range(2):
+        if number == 1 and comes:
             rounds.runner.requests["c"] = request(outputs=5)
             rounds.runner.input_batch.req_ids = ["a", "b", "c"]
         rounds.rests()
-        rounds.rested(0.5 * number, tokens if number == 31 else 2)
+        rounds.rested(0.5 * number, tokens if number == 1 else 2)
         rounds.end(0.5 * number, 0.0)
     assert policy.told("timed") == []
+
+
+def test_what_no_drafting_takes_is_measured_in_the_second_round_without(monkeypatch):
+    """The first finds little where it was left. It is run without speculation, and not timed."""
+    rounds, policy = make(a=request(), b=request())
+    policy.rest = lambda names: False  # type: ignore[attr-defined]
+    nobody = DraftDecision(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool), MEASURING)
+    monkeypatch.setattr(policy, "begin_round", lambda inputs: nobody)
+    rounds.begin(1.0, [[5], [5]], np.array([20, 30]), k=7, tokens=2)
+    rounds.end(1.1, 0.0)
+    assert rounds.rests()
+    rounds.rested(2.0, 2)
+    rounds.end(2.1, 0.0)
+    assert not rounds.rests()
+    assert not policy.told("timed")
+    rounds.begin(3.0, [[5], [5]], np.array([22, 32]), k=7, tokens=2)
+    (timing,) = policy.told("observe_step")
+    assert timing.target_seconds == pytest.approx(0.9)
+
+
+def test_a_lone_request_does_not_wait_for_that(monkeypatch):
+    rounds, policy = make(a=request())
+    policy.rest = lambda names: False  # type: ignore[attr-defined]
+    nobody = DraftDecision(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool), MEASURING)
+    monkeypatch.setattr(policy, "begin_round", lambda inputs: nobody)
+    rounds.begin(1.0, [[5]], np.array([20]), k=7, tokens=1)
+    assert not rounds.rests()
 
 
 def test_outcomes_and_times_are_those_of_the_round_before():
     rounds, policy = make(a=request(), b=request(), c=request())
     sampled, contexts = [[5]] * 3, np.array([20, 30, 40])
     rounds.begin(1.0, sampled, contexts, k=7)
-    rounds.end(1.5, 0.4)
+    rounds.end(1.5, 0.4, 0.1)
     assert policy.told("observe_step") == []
     rounds.judged([7, 3, 0], tokens=13)
     rounds.begin(2.0, [[1, 2, 3], [1], [4]], np.array([23, 31, 41]), k=7)
@@ -184,7 +223,8 @@ def test_outcomes_and_times_are_those_of_the_round_before():
     assert outcomes.accepted.tolist() == [2, 0]
     (timing,) = policy.told("observe_step")
     assert timing.target_seconds == pytest.approx(0.5)
-    assert (timing.tokens, timing.requests, timing.drafted, timing.draft_seconds) == (13, 3, 3, 0.4)
+    assert (timing.tokens, timing.requests, timing.drafted) == (13, 3, 3)
+    assert (timing.draft_seconds, timing.late_seconds) == (0.4, 0.1)
     assert timing.context == 95
     assert timing.token_context == 95 + 7 * 23 + 3 * 31
     assert timing.draft_context == 90

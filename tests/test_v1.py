@@ -45,14 +45,14 @@ def test_context_of_earlier_tokens_is_not_counted_as_drafting(monkeypatch: pytes
     proposer.device, proposer._sampled = torch.device("cpu"), [[5], [7]]
     proposer.context, proposer._forgets = Context(now, kept, limit), False
     proposer.rounds = SimpleNamespace(
-        begin=lambda *_: np.array([0, 1]), end=lambda _, seconds: told.append(seconds)
+        begin=lambda *_: np.array([0, 1]), end=lambda _, seconds, late: told.extend([seconds, seconds + late])
     )  # fmt: skip
     proposer._context_lengths = lambda _: np.array([60, 40])
     proposer._draft = lambda *_: now.__setitem__(0, now[0] + 0.25)
     metadata: Any = SimpleNamespace(num_reqs=2, slot_mapping=torch.arange(3))
     states = torch.zeros(3, 4)  # one of them a rejected draft's, or of a prompt
     assert proposer.propose(7, None, torch.arange(3), states, None, None, metadata, None) == [[], []]
-    assert told == [pytest.approx(0.25 + 0.02)]
+    assert told == pytest.approx([0.25 + 0.02, now[0]]), "the rest is told apart"
 
 
 @pytest.mark.parametrize(

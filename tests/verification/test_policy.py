@@ -232,7 +232,7 @@ def test_without_a_confidence_head_acceptance_is_learned_from_outcomes():
 @pytest.mark.parametrize("fallback", ["off", "fixed"])
 def test_absurd_costs_fall_back_with_one_warning(caplog, fallback):
     policy = make(fallback=fallback)
-    policy.cost.at = lambda *_: np.array([np.nan])
+    policy.cost.at = lambda *_: np.float64(np.nan)
     lengths = play(policy, 3, 0.9)
     assert policy.failure
     assert (lengths == (4 if fallback == "fixed" else 0)).all()
@@ -405,6 +405,27 @@ def expect_after(history, first, now):
     new = history.expected(slots, now, caps, came)[1][0, 0]
     history.drew(slots, np.full((1, 1, 4), first), now, came)
     return new, history.expected(slots, now + 1, caps, np.array([130.0]))[1][0, 0]
+
+
+def test_young_requests_are_asked_about_again_when_half_of_them_are_past_a_hard_beginning():
+    history, slots = History(4), np.arange(4)
+    history.phases(slots[:3], np.full(3, 100.0))  # the last is not asked about
+    cases = (((0, 0, 0, 0), 4), ((3, 3, 90, 0), 1), ((4, 5, 90, 0), 7), ((2, 12, 90, 0), 1024))
+    for ages, _ in cases:
+        assert history.young(slots, 100.0 + np.array(ages)) == 1024, "all phases are alike"
+    history._more[1][2:, 0] = 0.3
+    for ages, left in cases:
+        assert history.young(slots, 100.0 + np.array(ages)) == left
+    history._more[1][:, 0] = [0.3, 0.3, 0.0, 0.0, 0.0, 0.0]
+    assert history.young(slots, np.full(4, 100.0)) == 1024, "a good beginning"
+
+
+def test_requests_differ_by_what_one_look_would_show():
+    history = History(4)
+    history.fleet_gain[0], history.within = 2.0, 1.0
+    for first, spread in ((0.5, 0.0), (1.0, 0.0), (4.0, 1.5 / 2.0), (100.0, 1.0)):
+        history.first = first
+        assert history.spread == pytest.approx(spread)
 
 
 def after_a_hard_beginning(first, later, requests=40):
@@ -639,7 +660,7 @@ def test_drafting_must_promise_more_to_begin_again_than_to_go_on(monkeypatch, na
     """With a margin of 4 %, 4.3 % is too little to begin. A lone request that may lose much yet goes on at -3 %."""
     promise = [0.0]
 
-    def choose(*_):
+    def choose(*_, **__):
         return Choice(
             len(names), 0.0, off=100.0, best=100.0 * np.exp(promise[0]), deviation=0.1, off_seconds=0.010, seconds=0.015
         )
@@ -647,6 +668,7 @@ def test_drafting_must_promise_more_to_begin_again_than_to_go_on(monkeypatch, na
     monkeypatch.setattr("vllm_dspark.verification.choice.choose", choose)
     policy, reasons = make(), []
     policy.ledger.probe_share, policy.ledger.balance = 0.0, spare  # nothing is tried
+    policy._exploring._surprise = 10.0  # nor explored
     for promise[0] in (0.043, -0.03, 0.043, 0.055, 0.043, -0.05):
         policy._standing.drop()
         reasons.append(policy.begin_round(RoundInput(names, np.full(len(names), 100), other_tokens=5)).reason)
@@ -749,6 +771,7 @@ def test_a_probe_is_charged_up_to_twice_where_many_ask_for_it(requests, times):
     play(policy, 60, 0.1, names=names)
     policy.ledger.credit, policy.probing.fleet_due = 1.0, 0
     policy.probing.due[:] = 0
+    policy._exploring._surprise = 10.0  # else everybody would be looked at
     policy._standing.drop()
     took = policy.ledger.probing
     assert policy.begin_round(RoundInput(names, np.full(len(names), 100))).reason == "probing"
@@ -785,8 +808,9 @@ def test_a_trial_is_not_taken_for_drafting_that_pays(monkeypatch):
 def test_trying_is_rare_and_paid_for_as_probing(monkeypatch):
     """A small loss is expected, but step times are known so badly that it may be a gain."""
     found = Choice(2, 0.0, off=100.0, best=99.0, deviation=0.05, off_seconds=0.010)
-    monkeypatch.setattr("vllm_dspark.verification.choice.choose", lambda *arguments: found)
+    monkeypatch.setattr("vllm_dspark.verification.choice.choose", lambda *_, **__: found)
     policy = make()
+    policy._exploring._surprise = 10.0  # nothing is explored
     tried, before = [], 0.0
     for now in range(60):
         decision = policy.begin_round(RoundInput(("a", "b"), np.full(2, 100)))

@@ -27,7 +27,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 
 import vllm_dspark
 from vllm_dspark.engine import hooks
-from vllm_dspark.engine.rounds import NOBODY
+from vllm_dspark.engine.rounds import NOBODY, Decider
 from vllm_dspark.verification import profile
 from vllm_dspark.verification.cost import CostModel, CostTable, StepTiming, next_size
 from vllm_dspark.verification.records import Rows
@@ -163,7 +163,7 @@ def spread(drafts: int, requests: int) -> list[int]:
     return [each + (index < more) for index in range(requests)]
 
 
-class Script:
+class Script(Decider):
     """Takes the policy's place while profiling: the first ``rows`` draft ``drafts`` tokens each, and the times are noted."""
 
     def __init__(self) -> None:
@@ -189,7 +189,7 @@ class Script:
     def lengths(self, confidences: NDArray[np.floating] | None) -> Rows:
         return np.full(self.rows, self.drafts, dtype=np.int64)
 
-    def end(self, now: float, seconds: float) -> None:
+    def end(self, now: float, seconds: float, late: float = 0.0) -> None:
         self.draft_seconds = seconds
 
 

@@ -16,11 +16,12 @@ from vllm_dspark.options import RequestOptions
 from vllm_dspark.verification.cost import StepTiming
 from vllm_dspark.verification.policy import Policy
 from vllm_dspark.verification.records import Outcomes, RoundInput, Rows
+from vllm_dspark.verification.standing import MEASURING
 
 logger = logging.getLogger("vllm.dspark")
 
 NOBODY: Rows = np.zeros(0, dtype=np.int64)
-_SAMPLE = 32  # of so many rounds in a row in which nobody drafts, one is timed
+_SAMPLE, _SETTLED = 32, 2  # of so many rounds in a row in which nobody drafts, one is timed; and this one of them
 
 
 class Decider(Protocol):
@@ -43,8 +44,8 @@ class Decider(Protocol):
     def lengths(self, confidences: NDArray[np.floating] | None) -> Rows:
         """Drafts to verify of each of those rows."""
 
-    def end(self, now: float, seconds: float) -> None:
-        """The round's drafting ended; ``seconds`` were spent on it."""
+    def end(self, now: float, seconds: float, late: float = 0.0) -> None:
+        """The round's drafting ended; ``seconds`` were spent on it, and ``late`` on context of earlier steps."""
 
 
 class Rounds:
@@ -65,24 +66,30 @@ class Rounds:
         self._served: dict[str, Served] = {}
         self._drafted = 0
         self._draft_context = 0.0
-        self._draft_seconds = 0.0
+        self._draft_seconds = self._late = 0.0
         self._ended: float | None = None
         self._rested = 0  # rounds since one was begun
+        self._settling = False  # whether one more round goes without drafts, so that the next shows what it takes
         self._verified: Sequence[int] | None = None
         self._tokens = 0
 
     def rests(self) -> bool:
         self._meet(list(self.runner.input_batch.req_ids))
-        self._rested = self._rested + 1 if self.policy.rest(self._batch) else 0
+        self._rested = self._rested + 1 if self._settling or self.policy.rest(self._batch) else 0
+        self._settling = False
         if not self._rested:
             return False
         self._drafted = 0
         return True
 
     def rested(self, now: float, tokens: int) -> None:
-        """Tell some of these steps' times, so that what slows down the machine is not put down to drafting."""
+        """Tell some of these steps' times, so that what slows down the machine is not put down to drafting.
+
+        Not the first: a step right after one with drafts finds nothing where it was left.
+        """
         requests = len(self._batch)
-        if self._rested % _SAMPLE or self._ended is None or self._before is not self._batch or tokens != requests:
+        told = self._rested == _SETTLED or self._rested % _SAMPLE == 0
+        if not told or self._ended is None or self._before is not self._batch or tokens != requests:
             return  # not one of the some; or somebody came, or prefill went on
         context = sum(each.prompt + len(each.outputs) - 1 for each in self._served.values())  # the last was just sampled
         self.policy.timed(StepTiming(tokens, requests, float(context), now - self._ended))
@@ -114,8 +121,10 @@ class Rounds:
         able = names if everyone else [names[row] for row in rows]
         here = contexts if everyone else contexts[rows]
         elsewhere = 0.0 if everyone else total - float(here.sum())
-        chosen = self.policy.begin_round(RoundInput(able, here, np.array(limits), waiting, elsewhere)).rows
+        decision = self.policy.begin_round(RoundInput(able, here, np.array(limits), waiting, elsewhere))
+        chosen = decision.rows
         if chosen.size == 0:
+            self._settling = decision.reason == MEASURING and len(able) > 1
             return NOBODY
         if not everyone:
             chosen = np.array(rows, dtype=np.int64)[chosen]
@@ -126,8 +135,8 @@ class Rounds:
     def lengths(self, confidences: NDArray[np.floating] | None) -> Rows:
         return self.policy.lengths(confidences)
 
-    def end(self, now: float, seconds: float) -> None:
-        self._ended, self._draft_seconds, self._before = now, seconds, self._batch
+    def end(self, now: float, seconds: float, late: float = 0.0) -> None:
+        self._ended, self._draft_seconds, self._late, self._before = now, seconds, late, self._batch
 
     def _learn(
         self, now: float, names: list[str], sampled: Sequence[Sequence[int]], contexts: NDArray[np.integer], total: float
@@ -151,8 +160,9 @@ class Rounds:
             return
         spread = None if verified is None else total + float(np.dot(contexts, verified))
         timing = StepTiming(
-            tokens, len(names), total, now - self._ended, spread, self._drafted, self._draft_context, self._draft_seconds
-        )
+            tokens, len(names), total, now - self._ended, spread, self._drafted, self._draft_context, self._draft_seconds,
+            self._late,
+        )  # fmt: skip
         self.policy.observe_step(timing)
 
     def _meet(self, names: list[str]) -> None:
@@ -236,9 +246,9 @@ class Shared:
             return self._rounds.lengths(confidences)
         return np.full(self._rows, self._k, dtype=np.int64)
 
-    def end(self, now: float, seconds: float) -> None:
+    def end(self, now: float, seconds: float, late: float = 0.0) -> None:
         if self._rounds is not None:
-            self._rounds.end(now, seconds)
+            self._rounds.end(now, seconds, late)
 
 
 class Served(NamedTuple):

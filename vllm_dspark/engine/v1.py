@@ -165,7 +165,7 @@ class DSparkProposer(DFlashProposer):
             lengths = self.rounds.lengths(confidences)
             self._hand_over(drafts, block, rows, lengths)
         ended = time.perf_counter()
-        self.rounds.end(ended, ended - began - late)
+        self.rounds.end(ended, ended - began - late, late)
         return drafts
 
     @property

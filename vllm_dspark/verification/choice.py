@@ -58,6 +58,11 @@ class Choice:
         return max(self.deviation - self.gain, 0.0) * self.off_seconds if could_win else float("inf")
 
     @property
+    def saves(self) -> float:
+        """Seconds that a round with drafting saves, for the same tokens; negative: loses. -inf if nothing can draft."""
+        return self.seconds * math.expm1(self.gain) if self.best > 0 else -math.inf
+
+    @property
     def stake(self) -> float:
         """Seconds that drafting loses if it brings nothing."""
         return max(self.seconds - self.off_seconds, 0.0)
@@ -109,15 +114,18 @@ def order(number: Floats, gain: Floats, contexts: Floats, price: float, context_
     return np.argsort(-net, kind="stable")
 
 
-def choose(cost: CostModel, load: Load, number: Floats, gain: Floats, contexts: Floats, speed: float | None) -> Choice:
+def choose(
+    cost: CostModel, load: Load, number: Floats, gain: Floats, contexts: Floats, speed: float | None, everybody: bool = False
+) -> Choice:
     """The best (n, v) for requests in the given order.
 
     Args:
         number, gain: N and G, ``(A, thresholds)``. contexts: ``(A,)``. speed: tokens per second every request must keep.
+        everybody: n is all of them.
     """
     off_seconds = seconds_off(cost, load)
     off = load.sure_yield / off_seconds
-    counts = _counts(number.shape[0])
+    counts = np.array([number.shape[0]]) if everybody else _counts(number.shape[0])
     if counts.size == 0:
         return Choice(0, np.inf, off, 0.0, 0.0, off_seconds)
     last = counts - 1
@@ -172,9 +180,9 @@ def _filled(tokens: Floats, yielded: Floats, more: Floats) -> Floats:
 def seconds_off(cost: CostModel, load: Load) -> float:
     """The round if no adaptive request drafts."""
     cost.reserve(load.sure_tokens + 1)
-    at = cost.at(np.array([float(load.sure_tokens)]), load.requests, load.context, np.array([load.token_context]))
+    target = float(cost.at(float(load.sure_tokens), load.requests, load.context, load.token_context))
     upkeep = cost.upkeep(load.sure_tokens) if load.drafted == 0 else 0.0
-    return float(at[0]) + upkeep + float(cost.drafting(load.drafted, load.draft_context))
+    return target + upkeep + float(cost.drafting(load.drafted, load.draft_context))
 
 
 def _counts(most: int) -> Rows:

@@ -36,6 +36,8 @@ _WITHIN, _FIRST = 1.0, 1.5  # prior variances of Σ survival: of a request's rou
 _WITHIN_MEMORY, _FIRST_MEMORY = 64.0, (4.0, 24.0)  # draft rounds and requests that they reach back
 _PHASES = 6  # of a request: from 0, 4, 12, 28, 60 and 124 tokens on
 _PHASE_PRIOR, _PHASE_MEMORY = 16.0, 64.0  # requests that "all phases are alike" counts, and that a phase's average reaches back
+_YOUNG, _FAR = (4, 12), 1024  # tokens at which the first phases end; and for what never comes
+_RISE = 0.15  # of a phase over an earlier one, in shares of the level, that is worth waiting for
 _HOLDS = 0.1  # evidence (squared shares) that what was learned of phases holds for whoever comes
 _HOLDS_MEMORY = 8.0  # changes of phase after which what they said of that counts half
 _ALIKE = 4  # most draft rounds of different requests in one round that count as so many: they may all be in the same phase
@@ -119,6 +121,19 @@ class History:
         phase = np.log2(np.maximum(contexts - born, 0.0) / 4.0 + 1.0)
         return np.asarray(np.minimum(phase, _PHASES - 1), dtype=np.int64)
 
+    def young(self, slots: Slots, contexts: Floats) -> int:
+        """Tokens until half of these requests are past the first or second phase, if later ones yield more; else 1024.
+
+        Those that were never asked about do not count.
+        """
+        age = (contexts - self.born[slots])[self.born[slots] >= 0.0]
+        middle = float(np.median(age)) if age.size else math.inf
+        phase = next((phase for phase, end in enumerate(_YOUNG) if middle < end), None)
+        if phase is None:
+            return _FAR
+        more = self._more[1][:, 0]
+        return math.ceil(_YOUNG[phase] - middle) if more[phase + 1 :].max() - more[phase] > _RISE else _FAR
+
     def expected(self, slots: Slots, now: int, caps: Slots, contexts: Floats) -> tuple[Floats, Floats]:
         """N and G of a draft round of each request, ``(n, thresholds)``, shrunk to the fleet.
 
@@ -150,6 +165,12 @@ class History:
         share = (shrink / (shrink + weight))[:, None]
         number = self.number[slots] + share * (self.fleet_number - self.number[slots])
         return number, self.gain[slots] + share * (self.fleet_gain - self.gain[slots])
+
+    @property
+    def spread(self) -> float:
+        """By what share of the fleet's Σ survival, at most 1, new requests turn out to differ after one look at them."""
+        told = max(self.first - self.within, 0.0) / math.sqrt(max(self.first, 1e-9))
+        return min(told / max(float(self.fleet_gain[0]), _LEAST_LEVEL), 1.0)
 
     def _level(self, gain: Floats) -> Floats:
         """What the effects of phases are shares of, ``(n, 1)``: Σ survival, a third the request's, the rest the fleet's."""

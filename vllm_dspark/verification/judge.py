@@ -4,7 +4,7 @@ from vllm_dspark.verification.checks import Checks, Trials
 from vllm_dspark.verification.choice import Choice
 from vllm_dspark.verification.ledger import Ledger
 from vllm_dspark.verification.plan import Plan
-from vllm_dspark.verification.standing import TRIAL, TRYING
+from vllm_dspark.verification.standing import MEASURING, TRIAL, TRYING
 
 _AGAIN, _AGAIN_ALONE = 1.25, 1.12  # margins to begin again, of several requests and of one: what chance promised is not kept
 _SPARE = 5.0  # rounds that could be lost yet, with which a lone request goes on in doubt: only dear probes would bring it back
@@ -53,7 +53,7 @@ class Judge:
             return TRIAL if due and self._ledger.may_try(found.stake) else "guarded"
         doubtful = found.unsure and found.gain < 2.0 * found.deviation
         if only_decodes and self.checks.due(None if plan.load.drafted else plan.tokens, doubtful, now):
-            return "measuring no drafting"
+            return MEASURING
         return "pays"
 
     def _margins(self, plan: Plan) -> float:

@@ -39,8 +39,8 @@ class Plan:
         requests: ids. slots, kinds, caps, contexts: per request, ``(R,)``. tokens: sure tokens of the target step.
         decision, load: see there. able: requests that could draft. off_seconds: the round if no adaptive request drafts.
             draft_seconds: predicted for the decision's rows. probe_seconds: what its probes add, for which they are charged
-            ``probe_times``. stake: what it was charged for beforehand, if it is on trial. time_limit: longest round the speed
-            objective allows.
+            ``probe_times``. stake: what it was charged for beforehand, if it is on trial or explores. time_limit: longest round
+            the speed objective allows.
         adaptive: which rows of the decision are, ``(n,)``. floor: see :func:`scheduler.synchronous`.
         lengths, conditional, raw, good: per row of the decision, once drafted. expected: drafts of it expected to be
             accepted, ``(n,)``. accepted: drafts of adaptive requests that were. seconds: predicted of the round as drafted.

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from vllm_dspark.verification import choice, history, saved, scheduler
 from vllm_dspark.verification.choice import Choice
 from vllm_dspark.verification.cost import CostModel, StepTiming
+from vllm_dspark.verification.exploring import Exploring
 from vllm_dspark.verification.history import History
 from vllm_dspark.verification.judge import Judge
 from vllm_dspark.verification.ledger import Ledger, Yield
@@ -28,7 +29,7 @@ from vllm_dspark.verification.plan import NO_FLOOR, Load, Plan
 from vllm_dspark.verification.probing import PROBE_DRAFTS, Probing, price
 from vllm_dspark.verification.records import KINDS, DraftDecision, Kind, Outcomes, PolicyOptions, RoundInput, Rows
 from vllm_dspark.verification.registry import Registry
-from vllm_dspark.verification.standing import SILENT, TRIAL, TRYING, Standing
+from vllm_dspark.verification.standing import EXPLORING, MEASURING, SILENT, TRIAL, TRYING, Standing
 from vllm_dspark.verification.survival import Floats, Survival, leading, logit, usable
 
 logger = logging.getLogger("vllm.dspark")
@@ -76,6 +77,7 @@ class Policy:
         self._choice: Choice | None = None
         self._judge = Judge(self.options.margin, self.ledger)
         self._price, self._floor_age = 0.3, 0
+        self._exploring = Exploring(self.history, self.probing, self.ledger, self.options.min_tokens_per_second_per_request)
         self._floor, self._yield = NO_FLOOR, Yield()
         if cost is None and self.options.policy == "adaptive":
             self._fail("there is no cost table")
@@ -154,6 +156,8 @@ class Policy:
             return plan
         idle = plan.decision.reason in ("does not pay", "guarded") and not plan.decision.drafting
         wake = self.probing.wake(plan.slots, self.round, alone=idle)
+        if plan.decision.reason == "does not pay" and plan.able > 1:
+            wake = min(wake, self.round + 1 + self.history.young(plan.slots, plan.contexts))
         patience = None
         if self._choice is not None and math.isinf(self._choice.risk):
             patience = self.ledger.rounds_until(self.probing.least)
@@ -201,10 +205,13 @@ class Policy:
         reason = self._judge.reason(found, plan, self._yield.doubt, self.round)
         if reason == "pays":
             self._price = found.threshold
+        if reason == "does not pay":
+            explored = self._explored(self.cost, plan, rows)
+            reason = EXPLORING if explored.size else reason
         most = found.count if self.history.drafted >= _UNTRIED else min(found.count, _UNTRIED)
-        on = rows[:most] if reason in ("pays", TRYING, TRIAL) else NOBODY
+        on = explored if reason == EXPLORING else rows[:most] if reason in ("pays", TRYING, TRIAL) else NOBODY
         self.probing.decided(plan.slots[rows], plan.slots[on], self.round, reason == "pays")
-        probes = NOBODY if reason == "measuring no drafting" else self._probes(self.cost, plan, rows[on.size :], on.size)
+        probes = NOBODY if reason in (MEASURING, EXPLORING) else self._probes(self.cost, plan, rows[on.size :], on.size)
         reason = "probing" if probes.size and not on.size else reason
         self._draft(plan, np.sort(np.concatenate([forced, on, probes])), probes, reason)
         self._look_ahead(self.cost, plan, np.sort(on))
@@ -224,6 +231,13 @@ class Policy:
         self.ledger.begin(found.off_seconds)
         return found, rows
 
+    def _explored(self, cost: CostModel, plan: Plan, rows: Rows) -> Rows:
+        """Rows that draft though it does not pay."""
+        return self._exploring.select(
+            cost, plan, rows, lambda some: self._expected(plan.slots[some], plan.caps[some], plan.contexts[some]),
+            self._price, self._judge.margin, self.round,
+        )  # fmt: skip
+
     def _expected(self, slots: Rows, caps: Rows, contexts: Floats) -> tuple[Floats, Floats]:
         return self.history.expected(slots, self.round, caps, contexts)
 
@@ -231,6 +245,8 @@ class Policy:
         already = plan.load.drafted + drafting
         if idle.size == 0 or not self.probing.due_now(plan.slots[idle], self.round, already == 0).any():
             return NOBODY
+        if already == 0 and idle.size > 1 and self.round < self.probing.fleet_due and self.history.spread == 0.0:
+            return NOBODY  # new ones are like the others
         seconds = price(cost, plan.load, already, float(plan.contexts[idle].mean()))
         plan.probe_times = 1.0 + min((idle.size + drafting - 1) / (_SEVERAL - 1), 1.0)
         probes, plan.probe_seconds = self.probing.select(idle, plan.slots[idle], self.round, seconds, self.ledger, already == 0)
@@ -386,14 +402,17 @@ class Policy:
             spent = min(max(measured, 0.5 * spent), most * spent)
             off *= math.exp(min(max(shared, -_SHARED), _SHARED))
         if plan.probe_seconds and as_planned and plan.decision.probes.all():  # now and then is dearer than again and again
-            took = min(max(measured - off, 0.5 * plan.probe_seconds), _COLD * plan.probe_seconds)
+            took = min(max(measured + timing.late_seconds - off, 0.5 * plan.probe_seconds), _COLD * plan.probe_seconds)
             self.ledger.probed(took - plan.probe_seconds, plan.probe_times)
         elif plan.probe_seconds and timing.draft_seconds < 0.5 * plan.draft_seconds:  # not nearly as dear as was feared
             less = plan.probe_seconds * (timing.draft_seconds / plan.draft_seconds - 1.0)
             self.ledger.probed(less, plan.probe_times)
         gained = self._yield.gained(float(plan.expected.sum()), plan.accepted)
+        saved = off * (1.0 + gained / max(plan.load.sure_yield, 1.0)) - spent
+        if as_planned and plan.decision.reason == EXPLORING:
+            saved = self._exploring.settle(plan, saved - timing.late_seconds)
         self.ledger.spent(spent, plan.off_seconds)
-        self.ledger.saved(off * (1.0 + gained / max(plan.load.sure_yield, 1.0)) - spent, plan.stake)
+        self.ledger.saved(saved, plan.stake)
 
     def _measured(self, cost: CostModel, timing: StepTiming) -> None:
         if timing.tokens == timing.requests:

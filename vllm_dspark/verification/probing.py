@@ -13,8 +13,9 @@ from vllm_dspark.verification.records import Rows
 PROBE_DRAFTS = 3  # drafts of a probe that are verified at least, where that costs no more than drafting them
 _FIRST, _LONGEST = 2, 128  # rounds between probes of one request
 _FLEET_LONGEST = 128  # rounds between probes while nobody drafts and no request is new
+_LOOKS_LONGEST = 64  # rounds between looks at everybody, all of whom are new, while nobody drafts
 _RETRY, _LONGEST_RETRY = 8, 64  # rounds until a probe that could not be paid is tried again, for what it costs then
-_TOGETHER = 16  # most requests in a probe; what they show counts for the fleet
+TOGETHER = 16  # most requests in a probe; what they show counts for the fleet
 _NEVER = -1
 
 
@@ -24,7 +25,7 @@ def price(cost: CostModel, load: Load, already: int, context: float) -> Callable
     Args:
         already: requests that draft anyway. context: mean context of those that could be probed.
     """
-    room = _TOGETHER * PROBE_DRAFTS
+    room = TOGETHER * PROBE_DRAFTS
     target = cost.curve(load.sure_tokens, room, load.requests, load.context, context)
     upkeep = 0.0 if already else cost.upkeep(load.sure_tokens)
 
@@ -73,6 +74,19 @@ class Probing:
         elif on.size:
             self._put_off(on, now)
 
+    def unseen(self, slots: Rows) -> NDArray[np.bool_]:
+        """Which of these slots' requests never were to draft."""
+        return np.asarray(self.last[slots] == _NEVER)
+
+    def explored(self, now: int) -> None:
+        """Everybody is looked at in this round, which is as good as a probe of the fleet."""
+        self.fleet_interval = min(self.fleet_interval * 2, _LOOKS_LONGEST)
+        self.fleet_due = now + self.fleet_interval
+
+    def wait(self, now: int, rounds: int) -> None:
+        """What was due cannot be paid for so many rounds."""
+        self.fleet_due = now + min(max(rounds, _RETRY), _LONGEST_RETRY)
+
     def _put_off(self, slots: Rows, now: int) -> None:
         """These have been looked at: next time later."""
         self.interval[slots] = np.minimum(self.interval[slots] * 2, _LONGEST)
@@ -102,7 +116,7 @@ class Probing:
         """
         latest_first = self.due_now(slots, now, alone).nonzero()[0][::-1]
         last = self.last[slots[latest_first]]
-        waiting = latest_first[np.argsort(last, kind="stable")][:_TOGETHER]
+        waiting = latest_first[np.argsort(last, kind="stable")][:TOGETHER]
         reserve = 1.0 if (last == _NEVER).any() else 3.0  # a second look must leave enough for the next first ones
         self.least = seconds(1)
         count = int(waiting.size)
@@ -110,8 +124,10 @@ class Probing:
             count //= 2
         if alone:
             self.fleet_interval = min(self.fleet_interval * 2, _FLEET_LONGEST) if count else self.fleet_interval
-            retry = min(max(ledger.rounds_until(reserve * self.least), _RETRY), _LONGEST_RETRY)
-            self.fleet_due = now + (self.fleet_interval if count else retry)
+            if count:
+                self.fleet_due = now + self.fleet_interval
+            else:
+                self.wait(now, ledger.rounds_until(reserve * self.least))
         if not count:
             return rows[:0], 0.0
         chosen = slots[waiting[:count]]

@@ -71,7 +71,8 @@ class RoundInput:
 class DraftDecision:
     """Which rows of the round go through the block forward, ascending ``(n,)``; none: the block forward is skipped.
 
-    ``probes`` says which of them draft only to be measured, ``(n,)``.
+    ``probes`` says which of them draft only to be measured, beside others or by themselves, ``(n,)``; where all of them do
+    (``reason`` "exploring") it says none.
     """
 
     rows: Rows

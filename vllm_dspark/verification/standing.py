@@ -16,8 +16,10 @@ _ROOM = 0.25  # share of the room for drafts by which it may have changed, where
 SILENT = "nobody can draft"
 TRIAL = "on trial"
 TRYING = "trying"
+EXPLORING = "exploring"
+MEASURING = "measuring no drafting"
 _CROWDED = ("does not pay", "guarded", SILENT)  # reasons that hold whoever exactly is there
-ONCE = ("measuring no drafting", "probing", TRYING, TRIAL)
+ONCE = (MEASURING, "probing", TRYING, TRIAL, EXPLORING)
 
 
 class Standing:
