@@ -122,7 +122,7 @@ def test_a_look_is_charged_for_what_it_took_a_round_at_most_and_the_next_one_cos
     expected, round_off = policy._plan.stake, policy._plan.off_seconds
     assert policy.ledger.probing == pytest.approx(expected)
     assert expected > 0.0
-    policy._observe = lambda *_: None  # what comes of it is as expected
+    policy._feedback.judged = lambda *_: None  # what comes of it is as expected
     policy._yield.gained = lambda expected, accepted: expected
     draft(policy, late=0.008)
     assert expected < policy.ledger.probing <= round_off

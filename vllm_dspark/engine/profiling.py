@@ -27,10 +27,10 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 
 import vllm_dspark
 from vllm_dspark.engine import hooks
-from vllm_dspark.engine.rounds import NOBODY, Decider
+from vllm_dspark.engine.rounds import Decider
 from vllm_dspark.verification import profile
 from vllm_dspark.verification.cost import CostModel, CostTable, StepTiming, next_size
-from vllm_dspark.verification.records import Rows
+from vllm_dspark.verification.records import NOBODY, Rows
 
 logger = logging.getLogger("vllm.dspark")
 

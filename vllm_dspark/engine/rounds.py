@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 from vllm_dspark.options import RequestOptions
 from vllm_dspark.verification.cost import StepTiming
 from vllm_dspark.verification.policy import Policy
-from vllm_dspark.verification.records import Outcomes, RoundInput, Rows
+from vllm_dspark.verification.records import NOBODY, Outcomes, RoundInput, Rows
 from vllm_dspark.verification.standing import MEASURING
 
 logger = logging.getLogger("vllm.dspark")
 
-NOBODY: Rows = np.zeros(0, dtype=np.int64)
 _SAMPLE, _SETTLED = 32, 2  # of so many rounds in a row in which nobody drafts, one is timed; and this one of them
 
 

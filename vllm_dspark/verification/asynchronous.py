@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from vllm_dspark.verification import history, scheduler
 from vllm_dspark.verification.cost import CostModel
-from vllm_dspark.verification.policy import MANY, NOBODY, Policy
+from vllm_dspark.verification.feedback import calibrate
+from vllm_dspark.verification.policy import MANY, Policy
 from vllm_dspark.verification.probing import PROBE_DRAFTS
-from vllm_dspark.verification.records import DraftDecision, RoundInput, Rows
+from vllm_dspark.verification.records import NOBODY, DraftDecision, RoundInput, Rows
 from vllm_dspark.verification.survival import Floats, logit, usable
 
 _NONE: Floats = np.zeros((0, 0))
@@ -231,7 +232,7 @@ class AsynchronousPolicy(Policy):
         self._yield.learn(likely, came)
         self.history.judged(flight.slots[keep], flight.conditional[keep], verified[keep], accepted[keep])
         if flight.raw is not None:
-            self._calibrate(flight.raw[keep], verified[keep], accepted[keep])
+            calibrate(self.sts, self.history, flight.raw[keep], verified[keep], accepted[keep])
 
     def explain(self) -> dict[str, Any]:
         return super().explain() | {"fleet_survival": self.history.fleet_mean.tolist()}

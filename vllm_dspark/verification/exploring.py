@@ -15,14 +15,13 @@ from vllm_dspark.verification.history import History
 from vllm_dspark.verification.ledger import Ledger
 from vllm_dspark.verification.plan import Plan
 from vllm_dspark.verification.probing import TOGETHER, Probing, price
-from vllm_dspark.verification.records import Rows
+from vllm_dspark.verification.records import NOBODY, Rows
 from vllm_dspark.verification.survival import Floats
 
 _MOST, _LEAST = 32, 4  # requests that are looked at together
 _ENOUGH = 16  # new ones that say enough of a fleet, if there are not fewer
 _USEFUL = 8  # rounds for which it is of use to know who should draft
 _RATE = 0.3  # share of the last look in the average of what looks lose beyond what is expected
-NOBODY: Rows = np.zeros(0, dtype=np.int64)
 Yields = tuple[Floats, Floats]
 """N and G, ``(n, thresholds)``."""
 

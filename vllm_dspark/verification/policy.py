@@ -21,13 +21,14 @@ from vllm_dspark.verification import choice, history, saved, scheduler
 from vllm_dspark.verification.choice import Choice
 from vllm_dspark.verification.cost import CostModel, StepTiming
 from vllm_dspark.verification.exploring import Exploring
+from vllm_dspark.verification.feedback import Feedback
 from vllm_dspark.verification.history import History
 from vllm_dspark.verification.judge import Judge
 from vllm_dspark.verification.ledger import Ledger, Yield
 from vllm_dspark.verification.online import OnlineSTS
 from vllm_dspark.verification.plan import NO_FLOOR, Load, Plan
 from vllm_dspark.verification.probing import PROBE_DRAFTS, Probing, price
-from vllm_dspark.verification.records import KINDS, DraftDecision, Kind, Outcomes, PolicyOptions, RoundInput, Rows
+from vllm_dspark.verification.records import KINDS, NOBODY, DraftDecision, Kind, Outcomes, PolicyOptions, RoundInput, Rows
 from vllm_dspark.verification.registry import Registry
 from vllm_dspark.verification.standing import EXPLORING, MEASURING, SILENT, TRIAL, TRYING, Standing
 from vllm_dspark.verification.survival import Floats, Survival, leading, logit, usable
@@ -38,11 +39,7 @@ _ADAPTIVE, _FIXED = KINDS.index("adaptive"), KINDS.index("fixed")
 _UNTRIED = 32  # requests that draft together until so many have
 MANY = 16  # requests from which their last survivals together stand for this round's
 _SEVERAL = 8  # requests that could draft where a probe is charged twice its price: new ones keep coming, and all ask for it
-_STALL = 1.25  # longest that a stalled step counts against drafting, times what was expected
-_COLD = 3.0  # most that a probe by itself is charged for, times what was expected
-_SHARED = 0.7  # largest error (log) of the expected time that is put down to the machine being slower or faster today
 FOREVER = 1 << 20  # rounds
-NOBODY: Rows = np.zeros(0, dtype=np.int64)
 
 
 class Policy:
@@ -79,6 +76,7 @@ class Policy:
         self._price, self._floor_age = 0.3, 0
         self._exploring = Exploring(self.history, self.probing, self.ledger, self.options.min_tokens_per_second_per_request)
         self._floor, self._yield = NO_FLOOR, Yield()
+        self._feedback = Feedback(self.history, self.ledger, self._yield, self._judge.checks, self._exploring, self.counters)
         if cost is None and self.options.policy == "adaptive":
             self._fail("there is no cost table")
 
@@ -98,7 +96,7 @@ class Policy:
 
     def finish(self, requests: Iterable[str]) -> None:
         """These requests are done; unknown ones are ignored. Without this, requests unseen for long make room by themselves."""
-        self._guarded(self._learn_yields)  # before their slots go to others
+        self._guarded(self._feedback.drew, self._plan)  # before their slots go to others
         self.requests.finish(requests)
 
     def begin_round(self, inputs: RoundInput) -> DraftDecision:
@@ -142,7 +140,7 @@ class Policy:
 
     def _decided(self, inputs: RoundInput, everybody: str | None = None) -> Plan:
         """A new plan; ``everybody``: why everybody drafts, if that is decided already."""
-        self._guarded(self._learn_yields)
+        self._guarded(self._feedback.drew, self._plan)
         plan = self._prepare(inputs)
         try:
             with np.errstate(all="ignore"):
@@ -311,17 +309,8 @@ class Policy:
         plan.survivals.append(survival)
         plan.drawn = self.round
         if not plan.good.all():
-            self._learn_yields()
+            self._feedback.drew(plan)
         return lengths
-
-    def _learn_yields(self) -> None:
-        """Let the history learn from the rounds that the last decision stood for; nothing is decided before it has."""
-        plan = self._plan
-        if plan is None or not plan.survivals:
-            return
-        rows, survival = plan.decision.rows[plan.good], np.array(plan.survivals, dtype=np.float64)[:, plan.good]
-        plan.survivals.clear()
-        self.history.drew(plan.slots[rows], survival, plan.drawn, plan.contexts[rows], settled=plan.raw is None)
 
     def _allot(self, plan: Plan, survival: Survival, caps: Rows) -> Rows:
         lengths = np.where(plan.adaptive, 0, self._fixed(caps))
@@ -342,81 +331,17 @@ class Policy:
     def observe(self, outcomes: Outcomes) -> None:
         """Learn from the judged drafts of the last round; requests that did not draft in it, or came before, are ignored."""
         if self._plan is not None and self._plan.lengths is not None:
-            self._guarded(self._observe, self._plan, outcomes)
+            self._guarded(self._feedback.judged, self._plan, outcomes, self.sts)
 
     def observe_step(self, timing: StepTiming) -> None:
         """Learn from the time of the step that verified the last round's drafts (rank 0's, on every rank)."""
         if self._plan is not None and self.cost is not None and not self.failure:
-            self._guarded(self._observe_step, self._plan, self.cost, timing)
+            self._guarded(self._feedback.stepped, self._plan, self.cost, timing, self.round)
 
     def timed(self, timing: StepTiming) -> None:
         """Learn from the time of a round (rank 0's, on every rank) apart from what was planned for it."""
         if self.cost is not None and not self.failure:
-            self._guarded(self._timed, self.cost, timing)
-
-    def _timed(self, cost: CostModel, timing: StepTiming) -> bool:
-        self._measured(cost, timing)
-        used = cost.observe(timing)
-        if not used:
-            self.counters["steps ignored as outliers"] += 1
-        return used
-
-    def _observe(self, plan: Plan, outcomes: Outcomes) -> None:
-        places = plan.places(outcomes.requests)
-        known = places >= 0
-        places = places[known]
-        verified = np.minimum(np.asarray(outcomes.verified)[known], self.width).astype(np.int64)
-        accepted = np.minimum(np.asarray(outcomes.accepted)[known].astype(np.int64), verified)
-        plan.accepted = (plan.accepted or 0.0) + float(accepted[plan.adaptive[places]].sum())
-        keep = plan.good[places] & (verified > 0)
-        if not keep.all():
-            places, verified, accepted = places[keep], verified[keep], accepted[keep]
-        if places.size == 0:
-            return
-        conditional = plan.conditional[places]
-        self._yield.learn(float(plan.expected[places].sum()), float(accepted[plan.adaptive[places]].sum()))
-        self.history.judged(plan.slots[plan.decision.rows[places]], conditional, verified, accepted)
-        if plan.raw is not None:
-            self._calibrate(plan.raw[places], verified, accepted)
-
-    def _calibrate(self, raw: Floats, verified: Rows, accepted: Rows) -> None:
-        before = self.sts.temperatures.copy()
-        self.sts.observe(raw, verified, accepted)
-        if self.sts.tick():
-            self.history.fitted(self.sts.temperatures != before)
-
-    def _observe_step(self, plan: Plan, cost: CostModel, timing: StepTiming) -> None:
-        shared, most = 0.0, 2.0
-        if cost.wants(timing):
-            shared = cost.shared_error(timing, plan.tokens)
-            if not self._timed(cost, timing):
-                most = _STALL
-        if not plan.off_seconds:
-            return
-        if plan.lengths is None or not plan.adaptive.any():
-            self.ledger.spent(plan.off_seconds, plan.off_seconds)
-            return
-        off, spent, measured = plan.off_seconds, plan.seconds, timing.target_seconds + timing.draft_seconds
-        as_planned = timing.tokens == plan.tokens + int(plan.lengths.sum())
-        if as_planned:  # the clock knows better, but for stalls
-            spent = min(max(measured, 0.5 * spent), most * spent)
-            off *= math.exp(min(max(shared, -_SHARED), _SHARED))
-        if plan.probe_seconds and as_planned and plan.decision.probes.all():  # now and then is dearer than again and again
-            took = min(max(measured + timing.late_seconds - off, 0.5 * plan.probe_seconds), _COLD * plan.probe_seconds)
-            self.ledger.probed(took - plan.probe_seconds, plan.probe_times)
-        elif plan.probe_seconds and timing.draft_seconds < 0.5 * plan.draft_seconds:  # not nearly as dear as was feared
-            less = plan.probe_seconds * (timing.draft_seconds / plan.draft_seconds - 1.0)
-            self.ledger.probed(less, plan.probe_times)
-        gained = self._yield.gained(float(plan.expected.sum()), plan.accepted)
-        saved = off * (1.0 + gained / max(plan.load.sure_yield, 1.0)) - spent
-        if as_planned and plan.decision.reason == EXPLORING:
-            saved = self._exploring.settle(plan, saved - timing.late_seconds)
-        self.ledger.spent(spent, plan.off_seconds)
-        self.ledger.saved(saved, plan.stake)
-
-    def _measured(self, cost: CostModel, timing: StepTiming) -> None:
-        if timing.tokens == timing.requests:
-            self._judge.checks.measured(timing.tokens, timing.target_seconds, cost.step(timing)[0], self.round)
+            self._guarded(self._feedback.timed, self.cost, timing, self.round)
 
     def _guarded(self, learn: Callable[..., object], *arguments: Any) -> None:
         try:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
 Kind = Literal["adaptive", "fixed", "off"]
+NOBODY: Rows = np.zeros(0, dtype=np.int64)
 KINDS: tuple[Kind, ...] = ("adaptive", "fixed", "off")
 
 
