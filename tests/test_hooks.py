@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from vllm_dspark.engine import hooks, patches, v2_hooks
+from vllm_dspark.engine import hooks, patches, v1_hooks, v2_hooks
 from vllm_dspark.engine.hooks import HOOKS, Hook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,11 +32,11 @@ MODULES = (
     "vllm.config.vllm",
     "vllm.engine.arg_utils",
     "vllm.v1.worker.gpu_worker",
-    hooks.RUNNER,
+    v1_hooks.RUNNER,
     "vllm.v1.worker.cpu_worker",
     v2_hooks.SCHEDULER,
     v2_hooks.V2_RUNNER,
-    hooks.SPECULATOR,
+    v2_hooks.SPECULATOR,
 )
 # vLLM's public interface, used by whoever starts an engine or brings a platform; an error there is plain to see.
 PUBLIC = {("vllm", "LLM"), ("vllm", "SamplingParams"), ("vllm.platforms", "current_platform")}
@@ -160,7 +160,7 @@ hooks.activate()
 early = len(hooks._replaced)
 register()
 hooks.activate()
-for name in (workers[0], runner, workers[1], v2_hooks.SCHEDULER, v2_hooks.V2_RUNNER, hooks.SPECULATOR):
+for name in (workers[0], runner, workers[1], v2_hooks.SCHEDULER, v2_hooks.V2_RUNNER, v2_hooks.SPECULATOR):
     importlib.import_module(name)
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -537,7 +537,7 @@ def test_the_runner_takes_our_proposer_for_one_of_its_own(vllm):
     """Its gates are isinstance checks against classes that DFlashProposer is among."""
     from vllm_dspark.engine.v1 import DSparkProposer
 
-    assert issubclass(DSparkProposer, sys.modules[hooks.RUNNER].DFlashProposer)
+    assert issubclass(DSparkProposer, sys.modules[v1_hooks.RUNNER].DFlashProposer)
 
 
 # -- completeness --
@@ -589,7 +589,7 @@ def classes_on_vllm() -> list[type]:
     """Our classes that extend vLLM's."""
     from vllm_dspark.engine import models, v1, v2
 
-    native = sys.modules[hooks.SPECULATOR].DSparkSpeculator
+    native = sys.modules[v2_hooks.SPECULATOR].DSparkSpeculator
     found = [v2.speculator(native)] + [
         c for module in (models, v1) for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__
     ]

@@ -11,7 +11,7 @@ import pytest
 
 import vllm_dspark.engine
 from vllm_dspark import plugin
-from vllm_dspark.engine import hooks
+from vllm_dspark.engine import hooks, v1_hooks
 
 HEAVY = ("vllm", "torch", "transformers", "triton", "numpy")
 
@@ -68,7 +68,7 @@ def test_the_hooks_are_activated_wherever_the_configuration_arrives(waiting, mon
     assert not hooks._active
     assert isinstance(pickle.loads(sent), hooks.Activation)
     assert hooks._active
-    assert hooks.RUNNER in waiting
+    assert v1_hooks.RUNNER in waiting
 
 
 def test_register_is_idempotent(waiting):
