@@ -21,8 +21,13 @@ def test_a_size_is_left_alone_once_it_was_measured():
             checks.measured(8, 0.010, 0.010, now)
     assert asked == [3, 1003]
     assert not checks.due(8, doubtful=False, now=1500)
-    assert not checks.due(64, doubtful=False, now=1500)
-    assert checks.due(64, doubtful=False, now=1503), "another size"
+    assert [now for now in range(1500, 1510) if checks.due(64, doubtful=False, now=now)] == [1503], "another size"
+
+
+def test_a_load_that_changes_is_not_measured():
+    checks = Checks()
+    assert not any(checks.due(1 + now % 4 // 2, doubtful=False, now=now) for now in range(1000))
+    assert any(checks.due(2, doubtful=False, now=now) for now in range(1000, 1003)), "one that lasts is"
 
 
 def test_a_step_far_shorter_than_expected_is_soon_measured_again():

@@ -5,6 +5,7 @@ import math
 _BETWEEN = 8  # rounds between two, where it is known what a step of this size takes without drafts
 _SOON = 3  # rounds until the first at a new size, and between two where steps turn out shorter than expected
 _AGAIN = 64  # rounds until the next if nothing could be measured
+_LASTS = 2  # times in a row before that the size must have been the same: where requests come and go, the next step is another
 _LAPSE = 1000  # rounds for which what was measured holds
 _AS_EXPECTED = 0.87  # of the time expected: a shorter step has to be measured again
 _TRIAL, _LONGEST = 4, 512  # rounds until the next trial: after the first, and at most
@@ -18,6 +19,8 @@ class Checks:
     def __init__(self) -> None:
         self._last, self._done = -_BETWEEN, 0
         self._next: dict[int, int] = {}  # by size: the round in which a step without drafts is to be measured
+        self._asked: int | None = None  # size when it was asked last
+        self._lasted = 0  # how often in a row before it was the same
 
     def due(self, tokens: int | None, doubtful: bool, now: int) -> bool:
         """Whether round ``now``, in which drafting seems to pay, is to go without; if so it counts as done.
@@ -25,13 +28,16 @@ class Checks:
         Args:
             tokens: of the step without drafts; None: it has some in any case. doubtful: little speaks for drafting.
         """
-        unknown = tokens is not None and self._next.setdefault(_size(tokens), now + _SOON) <= now
+        size = None if tokens is None else _size(tokens)
+        self._lasted = self._lasted + 1 if size == self._asked else 0
+        self._asked = size
+        unknown = size is not None and self._next.setdefault(size, now + _SOON) <= now and self._lasted >= _LASTS
         wait = _SOON if unknown else min(_BETWEEN, 2 + self._done)
         if not (unknown or doubtful) or now - self._last < wait:
             return False
         self._last, self._done = now, self._done + 1
-        if tokens is not None:
-            self._next[_size(tokens)] = max(self._next[_size(tokens)], now + _AGAIN)
+        if size is not None:
+            self._next[size] = max(self._next[size], now + _AGAIN)
         return True
 
     def measured(self, tokens: int, seconds: float, expected: float, now: int) -> None:
