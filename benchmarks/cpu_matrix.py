@@ -51,7 +51,7 @@ def engine(head: str | None, compiled: bool, dtype: str = "auto") -> EngineProce
 
 def count(load: int) -> int:
     """Requests of a run, which ends when fewer than ``load`` are left."""
-    return max(2 * load, min(3 * load, 24))
+    return max(2 * load, min(6 * load, 24))
 
 
 def lengths(tokens: int, requests: int) -> list[int]:
