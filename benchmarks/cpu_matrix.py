@@ -1,6 +1,6 @@
 """Domain x concurrency x arm on the bundled pair: is the policy ever slower than not speculating, or than the best fixed k?
 
-    python benchmarks/cpu_matrix.py                              # every cell, one to two hours
+    python benchmarks/cpu_matrix.py                              # every cell, about two hours
     python benchmarks/cpu_matrix.py --domain records --concurrency 8 --repeats 5
 
 One engine serves all arms, told apart by each request's own options; a second engine, without the plugin, is the anchor, and a
